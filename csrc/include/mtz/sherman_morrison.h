@@ -1,12 +1,11 @@
 // In-place update of the inverse A^-1 of a symmetric positive definite matrix by k weighted vectors x_q:
 //
-//     (A + sum_q w_q x_q x_q^T)^-1                          inverse [batch, d, d], vectors [batch, k, d], weight
-//     [batch, k]
+//     (A + sum_q w_q x_q x_q^T)^-1              inverse [batch, d, d], vectors [batch, k, d], weight [batch, k]
 //
 // One vector is the Sherman-Morrison identity A^-1 - w A^-1 x x^T A^-1 / (1 + w x^T A^-1 x); a block of them, with
 // y_q = sqrt|w_q| x_q and the signs D = diag(sign w_q), is Woodbury's:
 //
-//     A^-1 - V^T (D + V Y^T)^-1 V,                          V = Y A^-1   [k, d]
+//     A^-1 - V^T (D + V Y^T)^-1 V,              V = Y A^-1   [k, d]
 //
 // Validity. Taken with all w > 0 first, the update keeps A positive definite exactly if every pivot of the unpivoted
 // L diag(p) L^T of D + V Y^T has the sign of its weight. A matrix for which a pivot fails, or is too small against its

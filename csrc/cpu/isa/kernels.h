@@ -1,0 +1,23 @@
+// The kernels that are compiled once for every instruction set, each into a namespace of that name. csrc/cpu/isa/*.cpp
+// must not use anything of the standard library that is a template or inline and not inlined: the linker would keep one
+// copy for all instruction sets, possibly one the CPU cannot run.
+#pragma once
+
+#include "mtz/conv2d_second_moment.h"
+#include "mtz/neuron_distances.h"
+#include "mtz/sherman_morrison.h"
+
+#define MTZ_DECLARE(isa)                                                            \
+    namespace mtz::cpu::isa {                                                       \
+    std::size_t neuron_distances_workspace(const NeuronDistancesArgs&, int);        \
+    Status neuron_distances(const NeuronDistancesArgs&, void*, int);                \
+    std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs&, int);        \
+    Status sherman_morrison(const ShermanMorrisonArgs&, void*, int);                \
+    std::size_t conv2d_second_moment_workspace(const Conv2dSecondMomentArgs&, int); \
+    Status conv2d_second_moment(const Conv2dSecondMomentArgs&, void*, int);         \
+    }
+
+MTZ_DECLARE(generic)
+MTZ_DECLARE(avx2)
+MTZ_DECLARE(avx512)
+#undef MTZ_DECLARE
