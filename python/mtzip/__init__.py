@@ -1,0 +1,12 @@
+"""Multi-Task Zipping: several pretrained networks become one that stores their shared weights once.
+
+    zipped = mtzip.zip_networks({"a": net_a, "b": net_b}, {"a": inputs_a, "b": inputs_b})
+    mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
+    mtzip.save(zipped, "zipped.safetensors")
+"""
+
+from .errors import ZipError
+from .share import ZippedNetwork
+from .zip import zip_networks
+
+__all__ = ["ZipError", "ZippedNetwork", "zip_networks"]

@@ -1,0 +1,194 @@
+"""Which neuron of one task stands for which of another.
+
+The functional difference of neurons a and b is the least error that merging them costs. With the second moments Q of
+their inputs (He, Zhou, Thiele 2018, sec. 3.2, in the form of a parallel sum) it is::
+
+    d(a, b) = 1/2 (a - b)^T M (a - b),    M = Q_A (Q_A + Q_B)^-1 Q_B
+
+Where each task keeps a private scale of its own, b also stands for r b, and the difference is the least over r: the
+parallel sum of Q_A and r^2 Q_B between a and b / r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mtz_ext
+
+from .share import Run
+from .solve import JointSystem
+
+#: Ratios of the private scales that matching tries; negative ones would turn an activation around.
+RATIOS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.5, 4.0)
+
+
+@dataclass
+class Slots:
+    """How the neurons of an axis are stored: slot to its neuron in every task, -1 where a task is not part of it.
+
+    Args:
+        table: [slots, tasks] int64, slots of more tasks first.
+        difference: summed functional difference of all merged slots, in units of the layers' output variances.
+        scales: [slots, tasks] private scales that matching found, ones where it tried none.
+    """
+
+    table: Tensor
+    difference: float = 0.0
+    scales: Tensor | None = None
+    _runs: dict = field(default_factory=dict)
+
+    def order(self, task: int) -> Tensor:
+        """Neurons of a task in stored order, [n]."""
+        column = self.table[:, task]
+        return column[column >= 0]
+
+    def scale(self, task: int) -> Tensor:
+        """Private scale of every neuron of a task in stored order, [n]."""
+        column = self.table[:, task]
+        return self.scales[column >= 0, task]
+
+    def runs(self, task: int, members: Sequence[int]) -> tuple[Run, ...]:
+        """Runs of a task's stored order when only the tasks of ``members`` share."""
+        sets = []
+        for row in self.table[self.table[:, task] >= 0].tolist():
+            sets.append(tuple(t for t in members if row[t] >= 0))
+        return merge_runs([Run(tasks, 1) for tasks in sets])
+
+    @property
+    def shared(self) -> int:
+        """Number of slots that more than one task uses."""
+        return int(((self.table >= 0).sum(1) > 1).sum())
+
+
+def merge_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Neighbouring runs of the same tasks as one."""
+    merged: list[Run] = []
+    for run in runs:
+        if merged and merged[-1].tasks == run.tasks:
+            merged[-1] = Run(run.tasks, merged[-1].size + run.size)
+        elif run.size:
+            merged.append(run)
+    return tuple(merged)
+
+
+def slots_from_pairs(pairs: Tensor, sizes: tuple[int, int], difference: float, scales: Tensor | None = None) -> Slots:
+    """Slots of two tasks from pairs [k, 2]: the shared ones first, in the order of the first task.
+
+    Args:
+        pairs: neuron of the first task and of the second.
+        sizes: number of neurons of each task.
+        difference: summed functional difference of the pairs.
+        scales: [k, 2] private scales of the pairs.
+    """
+    by_first = pairs[:, 0].argsort()
+    pairs = pairs[by_first].cpu()
+    rest = []
+    for task in range(2):
+        free = torch.ones(sizes[task], dtype=torch.bool)
+        free[pairs[:, task]] = False
+        single = torch.full((int(free.sum()), 2), -1)
+        single[:, task] = free.nonzero().flatten()
+        rest.append(single)
+    table = torch.cat([pairs, *rest])
+    full = torch.ones(table.shape, dtype=torch.float64)
+    if scales is not None:
+        full[: len(pairs)] = scales[by_first].cpu().double()
+    return Slots(table, difference, full)
+
+
+def euclidean(first: Tensor, second: Tensor) -> Tensor:
+    """Half the squared distance between rows [n, d] and [m, d]: the baseline that knows nothing of the inputs."""
+    return mtz_ext.neuron_distances(first, second)
+
+
+def functional_difference(system: JointSystem, first: Tensor, second: Tensor) -> Tensor:
+    """Functional differences [n, m] of rows [n, s] and [m, s] over the columns both tasks share.
+
+    Args:
+        system: joint system of the two tasks over exactly the shared columns.
+        first: rows of side 0, [n, s].
+        second: rows of side 1, [m, s].
+    """
+    if system.in_sample_space:
+        return _difference_in_sample_space(system, first, second)
+    q_first, q_second = (_dense(side) for side in system.sides)
+    lower = system.factor([1.0, 1.0])
+    # M = Q_A S^-1 Q_B as a product of half solves; symmetric up to rounding.
+    parallel = lower.half(q_first).T @ lower.half(q_second)
+    parallel = (parallel + parallel.T) / 2
+    floor = parallel.diagonal().mean() * 1e-12
+    factor, status = torch.linalg.cholesky_ex(parallel + torch.eye(len(parallel), dtype=parallel.dtype, device=parallel.device) * floor)
+    if int(status):
+        values, vectors = torch.linalg.eigh(parallel)
+        factor = vectors * values.clamp_min(0).sqrt()
+    return mtz_ext.neuron_distances(first, second, factor)
+
+
+def _dense(side) -> Tensor:
+    moment = side.moment
+    covariance = moment.samples.T @ moment.samples if moment.covariance is None else moment.covariance
+    damped = covariance.clone()
+    damped.diagonal().add_(side.damping)
+    return damped.mul_(side.alpha)
+
+
+def _difference_in_sample_space(system: JointSystem, first: Tensor, second: Tensor) -> Tensor:
+    """The same from n x n matrices: with dampings la, lb, s = la + lb, Z the stacked samples and K = s I + Z Z^T,
+
+    M = c I + Z^T C Z,  c = la lb / s,  C = -c K^-1 + lb Ja K^-1 + (la I + Ja G) K^-1 Jb.
+    """
+    a, b = system.sides
+    la, lb = a.alpha * a.damping, b.alpha * b.damping
+    samples = torch.cat([a.moment.samples * a.alpha**0.5, b.moment.samples * b.alpha**0.5])
+    gram = samples @ samples.T
+    count = len(a.moment.samples)
+    total, c = la + lb, la * lb / (la + lb)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + total * eye))
+    is_a = (torch.arange(len(gram), device=gram.device) < count).to(gram.dtype)
+    core = -c * inverse + lb * is_a[:, None] * inverse + (la * eye + is_a[:, None] * gram) @ inverse * (1 - is_a)
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    half = vectors * values.clamp_min(0).sqrt()
+
+    def embed(rows: Tensor) -> Tensor:
+        return torch.cat([rows * c**0.5, (rows @ samples.T) @ half], 1)
+
+    return mtz_ext.neuron_distances(embed(first), embed(second))
+
+
+def scale_free_difference(
+    system: JointSystem, right: list[Tensor], ratios: Sequence[float] = RATIOS
+) -> tuple[Tensor, Tensor]:
+    """Functional difference [n, m] and best ratio [n, m] where each task keeps a private scale.
+
+    The error of a joint fit is a constant less its gain b^T (sum s_t^2 Q_t)^-1 b with b = sum s_t b_t, so the difference
+    is half of what the two neurons gain alone less what they gain together, at the best ratio of their scales.
+
+    Args:
+        system: joint system of two tasks.
+        right: b_t of the two sides, [d_0, n] and [d_1, m].
+        ratios: scales of the second task to try, the first one's being 1.
+    """
+    b_first, b_second = (system.scatter(at, b) for at, b in enumerate(right))
+    best = ratio = None
+    for r in ratios:
+        factor = system.factor([1.0, r])
+        solved = factor.solve(torch.cat([b_first, b_second], 1))
+        x_first, x_second = solved[:, : b_first.shape[1]], solved[:, b_first.shape[1] :]
+        gain = (b_first * x_first).sum(0)[:, None] + r * r * (b_second * x_second).sum(0)
+        gain = gain.add_(b_first.T @ x_second, alpha=2 * r)
+        if best is None:
+            best, ratio = gain, torch.full_like(gain, r)
+        else:
+            better = gain > best
+            best, ratio = torch.where(better, gain, best), torch.where(better, r, ratio)
+    alone = []
+    for at, b in enumerate(right):
+        side = system.sides[at]
+        own = JointSystem([type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)], len(b))
+        alone.append((b * own.factor([1.0]).solve(b)).sum(0))
+    return (alone[0][:, None] + alone[1] - best).clamp_min(0) / 2, ratio

@@ -1,0 +1,242 @@
+"""Second moments of what a layer reads, and its cross moments with a target: the layer-wise Hessian up to a factor.
+
+A layer's output changes by E[(d^T x)^2] = d^T H d when a row of its weight changes by d. Everything here is *centred*:
+the covariance C of the input and its mean are kept apart, H = C + m m^T, so that a private intercept can take the mean
+away and an input that never varies counts as dead whatever its value is.
+
+Where there are fewer positions n than columns d the centred samples are kept instead, and nothing d x d is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mtz_ext
+
+
+@dataclass
+class Moment:
+    """Input statistics of one layer of one task.
+
+    Args:
+        count: positions n (samples times spatial positions).
+        mean: [d] float64.
+        covariance: [d, d] float64, biased; None in sample space.
+        samples: [n, d] float64 rows (x - mean) / sqrt(n), so that samples^T samples is the covariance; else None.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor | None = None
+    samples: Tensor | None = None
+
+    def select(self, columns: Tensor) -> Moment:
+        """The moment of some columns, in the order of ``columns`` [s]."""
+        covariance = None if self.covariance is None else self.covariance[columns][:, columns]
+        samples = None if self.samples is None else self.samples[:, columns]
+        return Moment(self.count, self.mean[columns], covariance, samples)
+
+    def raw(self, bias: bool) -> Moment:
+        """The second moment about zero instead, with a column of ones behind the others where ``bias``."""
+        mean = torch.cat([self.mean, self.mean.new_ones(1)]) if bias else self.mean
+        if self.samples is not None:
+            ones = self.samples.new_zeros(len(self.samples), int(bias))
+            samples = torch.cat([self.samples, ones], 1) + mean / self.count**0.5
+            return Moment(self.count, torch.zeros_like(mean), samples=samples)
+        covariance = torch.outer(mean, mean)
+        d = len(self.mean)
+        covariance[:d, :d] += self.covariance
+        return Moment(self.count, torch.zeros_like(mean), covariance)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Covariance times rows^T: [r, d] -> [d, r]."""
+        if self.covariance is not None:
+            return self.covariance @ rows.T
+        return self.samples.T @ (self.samples @ rows.T)
+
+    def variance(self, rows: Tensor) -> Tensor:
+        """Variance of the outputs of rows [r, d] -> [r]."""
+        if self.covariance is not None:
+            return (rows @ self.covariance).mul_(rows).sum(1).clamp_min(0)
+        return (self.samples @ rows.T).square().sum(0)
+
+    def diagonal(self) -> Tensor:
+        """Variance of every column, [d]."""
+        return self.covariance.diagonal() if self.covariance is not None else self.samples.square().sum(0)
+
+
+@dataclass
+class Target:
+    """What a layer should output: cross moments of its input with the target.
+
+    Args:
+        mean: [r] mean of the target.
+        variance: [r] variance of the target.
+        cross: [d, r] covariance of input and target; None in sample space.
+        samples: [n, r] rows (z - mean) / sqrt(n); None in feature space.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    cross: Tensor | None = None
+    samples: Tensor | None = None
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Target:
+        """The target scale * z + shift, both [r]."""
+        cross = None if self.cross is None else self.cross * scale
+        samples = None if self.samples is None else self.samples * scale
+        return Target(self.mean * scale + shift, self.variance * scale.square(), cross, samples)
+
+
+def cross_moment(moment: Moment, target: Target, rows: Tensor) -> Tensor:
+    """Covariance of the input with some rows of the target, [d, r]."""
+    if target.cross is not None:
+        return target.cross[:, rows]
+    return moment.samples.T @ target.samples[:, rows]
+
+
+class View:
+    """A layer seen as rows times columns: how its input becomes positions x columns.
+
+    Args:
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        kernel: kernel size, () for linear.
+        settings: stride, padding, dilation; ``total_padding`` where it is not the same on both sides.
+    """
+
+    def __init__(self, kind: str, kernel: Sequence[int] = (), settings: dict[str, Any] | None = None):
+        self.is_linear = kind == "linear"
+        self.kernel, self.settings = tuple(kernel), dict(settings or {})
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Input padded explicitly where the two sides differ, and the symmetric padding that is left."""
+        total = self.settings.get("total_padding")
+        if total is None or all(amount % 2 == 0 for amount in total):
+            return x, self.settings["padding"]
+        amounts = [side for amount in reversed(total) for side in (amount // 2, amount - amount // 2)]
+        return F.pad(x, amounts), (0,) * len(total)
+
+    def positions(self, x: Tensor) -> int:
+        """Number of positions of an input."""
+        if self.is_linear:
+            return x[..., 0].numel()
+        x, padding = self.prepare(x)
+        total = x.shape[0]
+        for size, k, s, p, d in zip(
+            x.shape[2:], self.kernel, self.settings["stride"], padding, self.settings["dilation"], strict=True
+        ):
+            total *= (size + 2 * p - d * (k - 1) - 1) // s + 1
+        return total
+
+    def columns(self, x: Tensor) -> int:
+        """Number of columns d."""
+        if self.is_linear:
+            return x.shape[-1]
+        return x.shape[1] * int(torch.tensor(self.kernel).prod())
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Positions x columns, [n, d], column order of ``weight.flatten(1)``."""
+        if self.is_linear:
+            return x.reshape(-1, x.shape[-1])
+        x, padding = self.prepare(x)
+        x = F.pad(x, [amount for p in reversed(padding) for amount in (p, p)])
+        for at, (k, s, d) in enumerate(zip(self.kernel, self.settings["stride"], self.settings["dilation"], strict=True)):
+            x = x.unfold(2 + at, d * (k - 1) + 1, s)[..., ::d]
+        spatial = len(self.kernel)
+        order = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
+        return x.permute(order).reshape(-1, x.shape[1] * int(torch.tensor(self.kernel).prod()))
+
+    def rows(self, z: Tensor) -> Tensor:
+        """Output as positions x rows, [n, r]."""
+        return z.reshape(-1, z.shape[-1]) if self.is_linear else z.movedim(1, -1).reshape(-1, z.shape[1])
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        """Sum over positions of the outer product of the columns, [d, d]."""
+        if self.is_linear:
+            rows = x.reshape(-1, x.shape[-1])
+            return rows.T @ rows
+        x, padding = self.prepare(x)
+        if len(self.kernel) == 2:
+            return mtz_ext.conv2d_second_moment(
+                x, self.kernel, self.settings["stride"], padding, self.settings["dilation"], 1
+            )[0]
+        if len(self.kernel) == 1:
+            sizes = [(1, self.kernel[0])] + [
+                (neutral, value[0]) for neutral, value in ((1, self.settings["stride"]), (0, padding), (1, self.settings["dilation"]))
+            ]
+            return mtz_ext.conv2d_second_moment(x.unsqueeze(2), *sizes, 1)[0]
+        rows = self.unfold(x)
+        return rows.T @ rows
+
+    def cross_moment(self, x: Tensor, z: Tensor) -> Tensor:
+        """Sum over positions of columns times output, [d, r]: the weight gradient of the layer for gradient ``z``."""
+        if self.is_linear:
+            return self.unfold(x).T @ self.rows(z)
+        x, padding = self.prepare(x)
+        shape = (z.shape[1], x.shape[1], *self.kernel)
+        gradient = (None, torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
+        weight = gradient[len(self.kernel)](x, shape, z, self.settings["stride"], padding, self.settings["dilation"])
+        return weight.flatten(1).T
+
+    def column_sum(self, x: Tensor) -> Tensor:
+        """Sum over positions of the columns, [d]. Unfolds the sum over samples, which is one image."""
+        if self.is_linear:
+            return x.reshape(-1, x.shape[-1]).sum(0)
+        return self.unfold(x.sum(0, keepdim=True)).sum(0)
+
+
+def collect(view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None) -> tuple[Moment, Target | None]:
+    """Moments of a layer over calibration chunks; sample space where positions are fewer than columns.
+
+    Args:
+        view: how the layer reads its input.
+        inputs: chunks of what it reads.
+        targets: chunks of what it should output, or None.
+
+    Returns:
+        The input's moment, and the target's if there are targets. All float64; the products over a chunk are taken in
+        the input's precision (float32 for half precision), the sum over chunks in float64.
+    """
+    inputs = [_at_least_float32(x) for x in inputs]
+    targets = None if targets is None else [_at_least_float32(z) for z in targets]
+    count = sum(view.positions(x) for x in inputs)
+    mean = sum(view.column_sum(x).double() for x in inputs) / count
+    if count < view.columns(inputs[0]):
+        samples = torch.cat([view.unfold(x).double() for x in inputs]).sub_(mean).div_(count**0.5)
+        moment = Moment(count, mean, samples=samples)
+    else:
+        moment = Moment(count, mean, covariance=_covariance(view, inputs, mean, count))
+    if targets is None:
+        return moment, None
+    target_mean = sum(view.rows(z).double().sum(0) for z in targets) / count
+    shape = (-1,) if view.is_linear else (-1,) + (1,) * len(view.kernel)
+    centred = [z - target_mean.to(z.dtype).view(shape) for z in targets]
+    variance = sum(view.rows(z).square().sum(0).double() for z in centred) / count
+    if moment.samples is not None:
+        samples = torch.cat([view.rows(z).double() for z in centred]).div_(count**0.5)
+        return moment, Target(target_mean, variance, samples=samples)
+    cross = sum(view.cross_moment(x, z).double() for x, z in zip(inputs, centred, strict=True)) / count
+    # The target was centred in its own precision: take the rest of its mean out as well.
+    rest = sum(view.rows(z).double().sum(0) for z in centred) / count
+    return moment, Target(target_mean, variance, cross=cross.sub_(torch.outer(mean, rest)))
+
+
+def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> Tensor:
+    if view.is_linear:  # centring first keeps the digits
+        total = sum(view.second_moment(x - mean.to(x.dtype)).double() for x in inputs)
+        rest = sum(view.column_sum(x - mean.to(x.dtype)).double() for x in inputs) / count
+        covariance = total.div_(count).sub_(torch.outer(rest, rest))
+    else:
+        total = sum(view.second_moment(x).double() for x in inputs)
+        covariance = total.div_(count).sub_(torch.outer(mean, mean))
+    return (covariance + covariance.T).div_(2)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,224 @@
+"""Least squares for rows that several tasks share: one system, any number of tasks, any split of the columns.
+
+A row of task t is ``P_t theta``: the unknown theta holds every column once, whether a task has it alone or with others,
+and P_t picks the columns of task t. With second moments H_t, cross moments c_t, weights alpha_t and a private scale s_t
+for every row, the rows minimise::
+
+    sum_t alpha_t ( E|s_t theta^T P_t^T x_t - z_t|^2 + lambda_t |s_t P_t theta - w_t|^2 )
+
+that is ``sum_t s_t^2 Q_t theta = sum_t s_t b_t`` with Q_t = alpha_t P_t^T (H_t + lambda_t I) P_t and
+b_t = alpha_t P_t^T (c_t + lambda_t w_t). Damping pulls towards the task's own old weight, so that columns without
+variance cost nothing and end at the mean of the old weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .moments import Moment
+
+#: Relative damping: lambda = DAMPING * mean variance of the columns.
+DAMPING = 1e-3
+
+
+@dataclass
+class Side:
+    """One task's part of a joint system.
+
+    Args:
+        moment: second moment of the columns, [d].
+        index: [d] position of each column in the unknown.
+        alpha: weight of the task.
+        damping: lambda, absolute.
+    """
+
+    moment: Moment
+    index: Tensor
+    alpha: float
+    damping: float
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """alpha (H + lambda I) rows for rows [d, r]."""
+        product = self.moment.times(rows.T) if rows.numel() else torch.zeros_like(rows)
+        return product.add_(rows, alpha=self.damping).mul_(self.alpha)
+
+    def right_hand_side(self, cross: Tensor, weight: Tensor) -> Tensor:
+        """b = alpha (c + lambda w) on the task's own columns, from c [d, r] and w [r, d]."""
+        return (cross + self.damping * weight.T).mul_(self.alpha)
+
+
+class JointSystem:
+    """The normal equations of rows shared by the tasks of ``sides`` over ``size`` unknown columns."""
+
+    def __init__(self, sides: list[Side], size: int):
+        self.sides, self.size = sides, size
+        self.escalation = 1.0
+        positions = sum(0 if side.moment.samples is None else len(side.moment.samples) for side in sides)
+        self.in_sample_space = all(side.moment.samples is not None for side in sides) and positions < size
+
+    def scatter(self, at: int, values: Tensor) -> Tensor:
+        """P_t^T values: [d, r] on the columns of side ``at`` to [size, r]."""
+        out = values.new_zeros(self.size, values.shape[1])
+        return out.index_copy_(0, self.sides[at].index, values)
+
+    def gather(self, at: int, theta: Tensor) -> Tensor:
+        """P_t theta: [size, r] to [d, r] on the columns of side ``at``."""
+        return theta[self.sides[at].index]
+
+    def apply(self, theta: Tensor, scales: list[Tensor]) -> Tensor:
+        """sum_t s_t^2 Q_t theta for theta [size, r] and scales [r] each."""
+        out = torch.zeros_like(theta)
+        for at, side in enumerate(self.sides):
+            out.index_add_(0, side.index, side.apply(self.gather(at, theta)) * scales[at].square())
+        return out
+
+    def factor(self, scales: list[float]) -> Factor:
+        """Factorises sum_t s_t^2 Q_t for one scale a task."""
+        return Factor(self, scales)
+
+    def solve(self, right: list[Tensor], scales: list[Tensor], start: Tensor | None, factor: Factor, steps: int) -> Tensor:
+        """Rows for scales [r] that differ from row to row: preconditioned conjugate gradients on all rows at once.
+
+        Args:
+            right: b_t [d, r] of every side.
+            scales: [r] of every side.
+            start: first guess [size, r].
+            factor: factor of a nearby system, the preconditioner.
+            steps: most iterations.
+        """
+        target = sum(self.scatter(at, b * scales[at]) for at, b in enumerate(right))
+        theta = factor.solve(target) if start is None else start
+        residual = target - self.apply(theta, scales)
+        stop = target.norm(dim=0) * 1e-7
+        direction = z = factor.solve(residual)
+        energy = (residual * z).sum(0)
+        for _ in range(steps):
+            if (residual.norm(dim=0) <= stop).all():
+                break
+            image = self.apply(direction, scales)
+            step = energy / (direction * image).sum(0).clamp_min(torch.finfo(image.dtype).tiny)
+            theta = theta + step * direction
+            residual = residual - step * image
+            z = factor.solve(residual)
+            energy, previous = (residual * z).sum(0), energy
+            direction = z + energy / previous.clamp_min(torch.finfo(image.dtype).tiny) * direction
+        return theta
+
+
+class Factor:
+    """Cholesky factor of a joint system; in sample space by Woodbury, so that nothing size x size is formed."""
+
+    def __init__(self, system: JointSystem, scales: list[float]):
+        self._rows: Tensor | None = None
+        if system.in_sample_space:
+            self._factor_samples(system, scales)
+        else:
+            self._factor_features(system, scales)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The system's inverse times right [size, r]."""
+        if self._rows is None:
+            return torch.cholesky_solve(right, self._lower)
+        # (D + X^T X)^-1 = D^-1 - D^-1 X^T (I + X D^-1 X^T)^-1 X D^-1
+        scaled = right / self._diagonal[:, None]
+        inner = torch.cholesky_solve(self._rows @ scaled, self._lower)
+        return scaled - (self._rows.T @ inner) / self._diagonal[:, None]
+
+    def half(self, right: Tensor) -> Tensor:
+        """A matrix Y with Y^T Y = right^T (system)^-1 right: [size, r] to [k, r]. Feature space only."""
+        return torch.linalg.solve_triangular(self._lower, right, upper=False)
+
+    def _factor_features(self, system: JointSystem, scales: list[float]) -> None:
+        first = system.sides[0].moment.mean
+        total = first.new_zeros(system.size, system.size)
+        diagonal = first.new_zeros(system.size)
+        for side, scale in zip(system.sides, scales, strict=True):
+            weight = side.alpha * scale**2
+            moment = side.moment
+            covariance = moment.samples.T @ moment.samples if moment.covariance is None else moment.covariance
+            if torch.equal(side.index, torch.arange(system.size, device=side.index.device)):
+                total.add_(covariance, alpha=weight)
+            else:
+                total.index_put_((side.index[:, None], side.index), covariance * weight, accumulate=True)
+            diagonal.index_add_(0, side.index, torch.full_like(moment.mean, weight * side.damping))
+        self._lower = self._cholesky(system, total, diagonal)
+
+    def _factor_samples(self, system: JointSystem, scales: list[float]) -> None:
+        first = system.sides[0].moment.mean
+        self._diagonal = first.new_zeros(system.size)
+        rows = []
+        for side, scale in zip(system.sides, scales, strict=True):
+            weight = side.alpha * scale**2
+            self._diagonal.index_add_(0, side.index, torch.full_like(side.moment.mean, weight * side.damping))
+            block = first.new_zeros(len(side.moment.samples), system.size)
+            rows.append(block.index_copy_(1, side.index, side.moment.samples * weight**0.5))
+        self._rows = torch.cat(rows)
+        gram = (self._rows / self._diagonal) @ self._rows.T
+        self._lower = self._cholesky(system, gram, torch.ones_like(gram[0]))
+
+    @staticmethod
+    def _cholesky(system: JointSystem, matrix: Tensor, diagonal: Tensor) -> Tensor:
+        """Cholesky factor of matrix + diagonal; the diagonal grows tenfold until it succeeds."""
+        for _ in range(12):
+            lower, status = torch.linalg.cholesky_ex(matrix + (diagonal * system.escalation).diag())
+            if not int(status):
+                return lower
+            system.escalation *= 10
+        raise FloatingPointError(
+            f"a second moment of {len(matrix)} columns has no Cholesky factor at any damping, "
+            "expected finite values; check the calibration inputs and weights for NaN, Inf or huge values"
+        )
+
+
+def fit_scales(system: JointSystem, theta: Tensor, right: list[Tensor]) -> list[Tensor]:
+    """Best private scale of every row: s_t = theta . b_t / theta . Q_t theta, [r] each."""
+    scales = []
+    for at, side in enumerate(system.sides):
+        own = system.gather(at, theta)
+        energy = (own * side.apply(own)).sum(0)
+        scale = (own * right[at]).sum(0) / energy.clamp_min(torch.finfo(own.dtype).tiny)
+        scales.append(torch.where(energy > 0, scale, torch.ones_like(scale)))
+    return scales
+
+
+def joint_rows(
+    system: JointSystem,
+    right: list[Tensor],
+    scales: list[Tensor] | None = None,
+    sweeps: int = 3,
+    steps: int = 8,
+) -> tuple[Tensor, list[Tensor]]:
+    """Shared rows and private scales by alternating least squares.
+
+    Args:
+        system: the joint system.
+        right: b_t [d, r] of every side.
+        scales: first scales [r] of every side; None fixes all scales to one.
+        sweeps: alternations of rows and scales.
+        steps: conjugate gradient steps in each.
+
+    Returns:
+        theta [size, r] and the scales. With one task, or with scales fixed, one direct solve.
+    """
+    ones = [torch.ones(b.shape[1], dtype=b.dtype, device=b.device) for b in right]
+    if scales is None or len(system.sides) == 1:
+        factor = system.factor([1.0] * len(right))
+        return factor.solve(sum(system.scatter(at, b) for at, b in enumerate(right))), ones
+    scales = _normalised(scales)
+    factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
+    theta = None
+    for _ in range(sweeps):
+        theta = system.solve(right, scales, theta, factor, steps)
+        scales = _normalised(fit_scales(system, theta, right))
+    theta = system.solve(right, scales, theta, factor, steps)
+    return theta, fit_scales(system, theta, right)
+
+
+def _normalised(scales: list[Tensor]) -> list[Tensor]:
+    """Scales with mean square one over the tasks: only their ratio matters, theta takes up the rest."""
+    size = (sum(scale.square() for scale in scales) / len(scales)).sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return [scale / size for scale in scales]

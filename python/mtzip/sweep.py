@@ -1,0 +1,305 @@
+"""One sweep over the graphs: every group of corresponding layers is merged when the sweep arrives at it.
+
+Original and zipped networks run side by side over the calibration inputs, node by node. At a group of layers the sweep
+takes the moments of what arrives in the zipped networks and of what the originals put out, matches the axis if it is
+new, solves for the rows, installs them, and runs on. So a zip costs two forward passes and the moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from . import merge
+from .columns import column_runs
+from .execute import Execution
+from .match import Slots, merge_runs
+from .merge import Part
+from .moments import View, collect
+from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
+from .permute import permute_
+from .report import AxisReport, LayerReport
+from .share import Run
+from .trace.analysis import Analysis, Layer
+from .trace.correspond import AxisGroup, Correspondence, LayerGroup
+
+
+@dataclass
+class Options:
+    """How to merge.
+
+    Args:
+        method: "refit", "mtz" or "average".
+        counts: axis name to the number of neurons to share.
+        matching: "optimal" or "greedy".
+        affine: private scale and shift per shared neuron where no BatchNorm follows (refit only).
+        damping: relative to the mean variance of a layer's columns.
+        progress: show a bar.
+    """
+
+    method: str
+    counts: Mapping[str, int]
+    matching: str = "optimal"
+    affine: bool = True
+    damping: float = 1e-3
+    progress: bool = False
+
+
+class Sweep:
+    """The state of one sweep. ``run`` changes ``networks``; the results are ``networks``, ``axes`` and ``layers``."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        analyses: Sequence[Analysis],
+        correspondence: Correspondence,
+        executions: Sequence[Execution],
+        networks: list[nn.Module],
+        options: Options,
+    ):
+        self.tasks, self.analyses, self.correspondence = tasks, analyses, correspondence
+        self.executions, self.networks, self.options = executions, networks, options
+        self.slots: dict[int, Slots] = {}
+        self.axes: list[AxisReport] = []
+        self.layers: list[LayerReport] = []
+        self._solved_norms: set[tuple[int, str]] = set()
+
+    def run(self) -> None:
+        """Merges every group in graph order, then runs to the end."""
+        bar = tqdm(self.correspondence.layers, desc="zip", unit="layer", disable=not self.options.progress, leave=False)
+        for group in bar:
+            bar.set_postfix_str(group.name)
+            for task, layer in group.layers.items():
+                self.executions[task].advance(layer.node, self._visit(task))
+            changed = self._merge(group)
+            for task, layer in group.layers.items():
+                self.executions[task].finish(layer.node, changed[task])
+        for task, execution in enumerate(self.executions):
+            execution.advance(None, self._visit(task))
+
+    # -- nodes that are no layer of a group --------------------------------------------------------------------
+
+    def _visit(self, task: int):
+        norms = {norm.node.name: norm for norm in self.analyses[task].norms}
+
+        def visit(execution: Execution, node: fx.Node) -> bool:
+            norm = norms.get(node.name)
+            if norm is None or (task, node.name) in self._solved_norms or not execution.is_changed(node.args[0]):
+                return False
+            order = self._order_of(task, norm.node)
+            targets = execution.original[node.name]
+            if order is not None:
+                targets = [z[:, order.to(z.device)] for z in targets]
+            inputs = execution.zipped[node.args[0].name]
+            mean, variance, slope, target = channel_statistics(inputs, targets)
+            if self.options.method == "average":
+                set_statistics_(self.analyses[task], norm, self.networks[task], mean, variance)
+            else:
+                refit_norm_(self.analyses[task], norm, self.networks[task], mean, variance, slope, target)
+            return True
+
+        return visit
+
+    def _order_of(self, task: int, node: fx.Node) -> torch.Tensor | None:
+        """Stored order of dimension 1 of a node's value, None where it is the network's own."""
+        analysis = self.analyses[task]
+        orders = {}
+        for axis in self.correspondence.axes:
+            if task in axis.atoms and id(axis) in self.slots:
+                orders[axis.atoms[task]] = self.slots[id(axis)].order(task)
+        return analysis.axes.index(analysis.dims(node)[1], orders)
+
+    # -- groups ------------------------------------------------------------------------------------------------
+
+    def _axis_of(self, task: int, atom: int) -> AxisGroup | None:
+        return self.correspondence.axis_of(task, atom)
+
+    def _row_axis(self, task: int, layer: Layer) -> AxisGroup | None:
+        dim = self.analyses[task].axes.resolve(layer.rows)
+        return self._axis_of(task, dim[0].atom) if len(dim) == 1 else None
+
+    def _merge(self, group: LayerGroup) -> dict[int, bool]:
+        """Merges what can be shared of a group and refits the rest; says which layers changed."""
+        axis_members: dict[int, dict[int, Layer]] = {}
+        alone: dict[int, Layer] = {}
+        axes: dict[int, AxisGroup] = {}
+        for task, layer in group.layers.items():
+            axis = self._row_axis(task, layer)
+            if axis is None or layer.private is not None or not self.options.counts.get(axis.name):
+                alone[task] = layer
+            else:
+                axis_members.setdefault(id(axis), {})[task] = layer
+                axes[id(axis)] = axis
+        for key in [key for key, members in axis_members.items() if len(members) < 2]:
+            alone.update(axis_members.pop(key))
+        columns = column_runs(group, self.analyses, self.slots, self._axis_of)
+        changed = {}
+        for key, members in axis_members.items():
+            self._share(group, axes[key], members, columns)
+            changed.update(dict.fromkeys(members, True))
+        for task, layer in alone.items():
+            changed[task] = self._refit_private(group, task, layer, columns[task])
+        return changed
+
+    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], fold: bool) -> Part:
+        execution, analysis = self.executions[task], self.analyses[task]
+        view = View(layer.kind, layer.kernel, layer.settings)
+        moment, target = collect(view, execution.inputs(layer), execution.original[layer.node.name])
+        network = self.networks[task]
+        weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
+        bias = weight.new_zeros(len(weight))
+        if layer.bias is not None:
+            bias = analysis.exported.tensor(layer.bias, network).detach().double()
+        if fold and layer.norm is not None:
+            scale, shift = folded_affine(analysis, layer.norm)
+            order = self._stored_rows(task, layer)
+            target = target.scaled(scale, shift)
+            if order is not None:
+                scale, shift = scale[order], shift[order]
+            weight, bias = weight * scale[:, None], bias * scale + shift
+        return Part(task, layer, analysis, moment, target, weight, bias, columns, self.options.damping)
+
+    def _stored_rows(self, task: int, layer: Layer) -> torch.Tensor | None:
+        """Order of a layer's rows if its axis is matched already: weights are in it, originals' outputs are not."""
+        axis = self._row_axis(task, layer)
+        slots = self.slots.get(id(axis)) if axis is not None else None
+        return None if slots is None or task not in axis.atoms else slots.order(task).to(layer_device(self, task))
+
+    def _share(self, group: LayerGroup, axis: AxisGroup, members: dict[int, Layer], columns) -> None:
+        options = self.options
+        fold = options.method != "average"
+        parts = {task: self._part(task, layer, columns[task], fold) for task, layer in members.items()}
+        if id(axis) not in self.slots:
+            self._match(axis, parts)
+            for part in parts.values():
+                part.reorder_rows(self.slots[id(axis)].order(part.task))
+        else:
+            for task, part in parts.items():
+                order = self._stored_rows(task, part.layer)
+                weight, bias = part.weight, part.bias
+                part.reorder_rows(order)
+                part.weight, part.bias = weight, bias  # these are in stored order already
+        slots = self.slots[id(axis)]
+        affine = options.method == "refit" and options.affine
+        runs = {task: slots.runs(task, sorted(members)) for task in members}
+        solved = {}
+        for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
+            rows = {task: _positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+            solved[tasks] = merge.solve_rows(parts, rows, slots, options.method, affine)
+        before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
+        merge.install_shared(parts, self.networks, runs, solved, options.method == "refit" and affine, self._set_network)
+        report = LayerReport(group.name, before, 0)
+        for task, part in parts.items():
+            rows = _assembled(runs[task], solved, task)
+            if part.layer.norm is not None:
+                self._solve_norm(part, rows)
+            report.samples[self.tasks[task]] = part.moment.count
+            report.error[self.tasks[task]] = merge.relative_error(part, rows, part.layer.norm is not None and fold)
+            report.space = "sample" if part.moment.samples is not None else "feature"
+        report.damping = options.damping
+        report.after = _distinct_size(self.networks, members)
+        self.layers.append(report)
+
+    def _match(self, axis: AxisGroup, parts: dict[int, Part]) -> None:
+        count = self.options.counts[axis.name]
+        slots = merge.match_axis(parts, count, self.options.method, self.options.matching)
+        self.slots[id(axis)] = slots
+        for task, part in parts.items():
+            permute_(self.networks[task], part.analysis, {axis.atoms[task]: slots.order(task)})
+        energy = sum(len(part.weight) for part in parts.values()) / 2  # alpha makes the mean variance one
+        width = min(axis.sizes.values())
+        report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
+        report.difference = slots.difference / (energy * slots.shared / width) if slots.shared else 0.0
+        if self.options.method == "average":
+            report.difference = None
+        self.axes.append(report)
+
+    def _solve_norm(self, part: Part, rows: merge.Rows) -> None:
+        task, norm = part.task, part.layer.norm
+        self._solved_norms.add((task, norm.node.name))
+        if self.options.method == "average":
+            mean, variance = rows.weight @ part.moment.mean, part.moment.variance(rows.weight)
+            set_statistics_(part.analysis, norm, self.networks[task], mean, variance)
+        else:
+            merge.fit_following_norm(part, self.networks[task], rows, part.target)
+
+    def _refit_private(self, group: LayerGroup, task: int, layer: Layer, columns: tuple[Run, ...]) -> bool:
+        """Refits a layer no other task shares, if what it reads has changed; says whether it was changed."""
+        execution = self.executions[task]
+        order = self._stored_rows(task, layer)
+        if not execution.input_changed(layer):
+            return order is not None
+        if self.options.method != "refit" or layer.calls > 1:
+            return True
+        part = self._part(task, layer, columns, fold=False)
+        if order is not None:
+            weight, bias = part.weight, part.bias
+            part.reorder_rows(order)
+            part.weight, part.bias = weight, bias
+        part.columns = (Run((task,), sum(run.size for run in columns)),)
+        if layer.bias is None and layer.norm is None:
+            _about_zero(part)
+        rows = torch.arange(len(part.weight), device=part.weight.device)
+        _, _, solved = merge.solve_rows({task: part}, {task: rows}, None, "refit", affine=False)
+        merge.install_private(part, self.networks[task], solved[task])
+        size = _layer_size(self.analyses[task], layer)
+        name = self.tasks[task]
+        error = merge.relative_error(part, solved[task], with_norm=False)
+        space = "sample" if part.moment.samples is not None else "feature"
+        label = f"{layer.path} ({name})" if len(group.layers) > 1 else layer.path
+        report = LayerReport(label, size, size, {name: part.moment.count}, part.damping, space, {name: error})
+        self.layers.append(report)
+        return True
+
+    def _set_network(self, task: int, network: nn.Module) -> None:
+        self.networks[task] = network
+        self.executions[task].network = network
+
+
+def layer_device(sweep: Sweep, task: int) -> torch.device:
+    """Device of a task's tensors."""
+    return next(sweep.networks[task].parameters()).device
+
+
+def _about_zero(part: Part) -> None:
+    """Turns a part's moments to ones about zero: a layer without any constant cannot take a mean away."""
+    moment, target = part.moment, part.target
+    if target.cross is not None:
+        target.cross = target.cross + torch.outer(moment.mean, target.mean)
+    else:
+        target.samples = target.samples + target.mean / moment.count**0.5
+    target.variance = target.variance + target.mean.square()
+    target.mean = torch.zeros_like(target.mean)
+    part.moment = moment.raw(bias=False)
+
+
+def _positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Positions of the rows stored by exactly ``tasks``."""
+    start, parts = 0, []
+    for run in runs:
+        if run.tasks == tasks:
+            parts.append(torch.arange(start, start + run.size, device=device))
+        start += run.size
+    return torch.cat(parts)
+
+
+def _assembled(runs: Sequence[Run], solved, task: int) -> merge.Rows:
+    pieces = [solved[run.tasks][2][task] for run in merge_runs(runs)]
+    return merge.Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
+
+
+def _layer_size(analysis: Analysis, layer: Layer) -> int:
+    paths = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
+    return sum(analysis.exported.tensor(path).numel() for path in paths)
+
+
+def _distinct_size(networks: Sequence[nn.Module], members: Mapping[int, Layer]) -> int:
+    distinct = {}
+    for task, layer in members.items():
+        for parameter in networks[task].get_submodule(layer.path).parameters():
+            distinct[id(parameter)] = parameter.numel()
+    return sum(distinct.values())

@@ -1,0 +1,180 @@
+"""Which layer of one network answers to which of another: the graphs walked in parallel from the inputs.
+
+Every layer gets a key made of its kind, its kernel and the keys of what it reads, so layers with equal keys sit at the
+same place of their graphs. Operators with one input (activations, pooling, normalisation, reshaping) are looked
+through: a class and a Sequential, or a ReLU and a GELU, are the same graph; another depth is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from . import rules
+from .analysis import Analysis, Layer, Note
+from .axes import Dim
+
+
+@dataclass
+class LayerGroup:
+    """Layers of several tasks that answer to each other: task index to layer."""
+
+    name: str
+    layers: dict[int, Layer]
+
+
+@dataclass
+class AxisGroup:
+    """Axes of several tasks whose neurons may be shared: task index to representative atom.
+
+    Args:
+        name: path of the first writer in the first task.
+        atoms: task index to atom.
+        sizes: task index to number of neurons.
+        writers: groups of layers whose rows lie on it, in graph order.
+    """
+
+    name: str
+    atoms: dict[int, int]
+    sizes: dict[int, int]
+    writers: list[LayerGroup]
+
+
+@dataclass
+class Correspondence:
+    """Layer groups in graph order, the axes that can be shared, and what stays private, as (task index, note)."""
+
+    layers: list[LayerGroup]
+    axes: list[AxisGroup]
+    notes: list[tuple[int, Note]] = field(default_factory=list)
+
+    def axis_of(self, task: int, atom: int) -> AxisGroup | None:
+        """The group that an atom of a task belongs to."""
+        return next((group for group in self.axes if group.atoms.get(task) == atom), None)
+
+
+def correspond(analyses: Sequence[Analysis]) -> Correspondence:
+    """Finds the layers and axes of several networks that answer to each other."""
+    shared: dict[tuple, int] = {}
+    keyed: dict[int, dict[int, Layer]] = {}
+    for task, analysis in enumerate(analyses):
+        for key, layer in _keys(analysis, shared).items():
+            keyed.setdefault(key, {})[task] = layer
+    notes: list[tuple[int, Note]] = []
+    groups = []
+    for members in keyed.values():
+        groups.append(LayerGroup(_name(members), members))
+        if len(members) == 1 and len(analyses) > 1:
+            task, layer = next(iter(members.items()))
+            notes.append((task, Note(layer.path, "no layer of the other networks answers to it")))
+    groups = _ordered(groups, analyses, notes)
+    axes = _axes(groups, analyses, notes)
+    for task, analysis in enumerate(analyses):
+        notes += [(task, note) for note in analysis.notes]
+    return Correspondence(groups, axes, notes)
+
+
+def _name(members: Mapping[int, Layer]) -> str:
+    return members[min(members)].path
+
+
+def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
+    """Key of every layer of one network. ``shared`` numbers the keys for all networks."""
+    layers = {layer.node.name: layer for layer in analysis.layers.values()}
+    of_node: dict[str, int] = {}
+    seen: dict[tuple, int] = {}
+    result: dict[int, Layer] = {}
+
+    def number(key: tuple) -> int:
+        return shared.setdefault(key, len(shared))
+
+    for node in analysis.exported.graph.nodes:
+        if node.op == "placeholder" and node.name in analysis.exported.inputs:
+            of_node[node.name] = number(("input", analysis.exported.inputs.index(node.name)))
+            continue
+        sources = _sources(node, analysis, of_node)
+        layer = layers.get(node.name)
+        if layer is not None:
+            key = (layer.kind, layer.kernel, tuple(sources))
+            seen[key] = seen.get(key, 0) + 1  # two layers on the same input are told apart by their order
+            of_node[node.name] = number((*key, seen[key]))
+            result[of_node[node.name]] = layer
+        elif len(set(sources)) == 1:
+            of_node[node.name] = sources[0]
+        elif sources:
+            of_node[node.name] = number((rules.name_of(node).rstrip("_"), tuple(sources)))
+    return result
+
+
+def _sources(node: fx.Node, analysis: Analysis, of_node: Mapping[str, int]) -> list[int]:
+    """Keys of the tensors a node reads, sizes and parameters left out."""
+    return [of_node[arg.name] for arg in node.all_input_nodes if arg.name in of_node and analysis.shape(arg) is not None]
+
+
+def _ordered(groups: list[LayerGroup], analyses, notes) -> list[LayerGroup]:
+    """Groups in an order that is a graph order for every task; a member that breaks it leaves its group.
+
+    Merging visits the groups once, so they must come up in the same order in every network.
+    """
+    position = [{layer.path: at for at, layer in enumerate(analysis.layers.values())} for analysis in analyses]
+    groups = sorted(groups, key=lambda group: max(position[t][layer.path] for t, layer in group.layers.items()))
+    last = [-1] * len(analyses)
+    result = []
+    for group in groups:
+        kept: dict[int, Layer] = {}
+        for task, layer in group.layers.items():
+            if position[task][layer.path] > last[task]:
+                kept[task] = layer
+                last[task] = position[task][layer.path]
+            else:
+                notes.append((task, Note(layer.path, "its network calls the layers in another order")))
+                result.append(LayerGroup(layer.path, {task: layer}))
+        if kept:
+            result.append(LayerGroup(_name(kept), kept))
+    return result
+
+
+def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list[AxisGroup]:
+    """Axes that writers of several tasks have in common; one that cannot be reordered is left out with its reason."""
+    found: list[AxisGroup] = []
+    owner: dict[tuple[int, int], AxisGroup] = {}
+    for group in groups:
+        if len(group.layers) < 2:
+            continue
+        atoms = {task: _single(analyses[task], layer.rows) for task, layer in group.layers.items()}
+        atoms = {task: atom for task, atom in atoms.items() if atom is not None}
+        usable = {}
+        for task, atom in atoms.items():
+            reason = analyses[task].axes[atom].pinned or group.layers[task].private
+            if reason is None:
+                usable[task] = atom
+            else:
+                notes.append((task, Note(group.layers[task].path, reason)))
+        known = [owner[key] for key in usable.items() if key in owner]
+        axis = known[0] if known else None
+        if axis is None:
+            if len(usable) < 2:
+                for task in usable:
+                    notes.append((task, Note(group.layers[task].path, "its counterpart cannot be shared")))
+                continue
+            axis = AxisGroup(group.name, {}, {}, [])
+            found.append(axis)
+        for task, atom in usable.items():
+            current = owner.get((task, atom))
+            if current is axis or (current is None and task not in axis.atoms):
+                axis.atoms[task] = atom
+                axis.sizes[task] = analyses[task].axes[atom].size
+                owner[task, atom] = axis
+            else:
+                reason = "its axis is tied to another axis than in the other networks"
+                notes.append((task, Note(group.layers[task].path, reason)))
+        axis.writers.append(LayerGroup(group.name, {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]}))
+    return [axis for axis in found if len(axis.atoms) > 1]
+
+
+def _single(analysis: Analysis, dim: Dim) -> int | None:
+    """The atom of a dimension that is exactly one atom."""
+    dim = analysis.axes.resolve(dim)
+    return dim[0].atom if dim is not None and len(dim) == 1 and dim[0].outer == dim[0].inner == 1 else None
