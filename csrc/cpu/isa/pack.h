@@ -1,0 +1,46 @@
+// Rows of a matrix into panels: panel r / P holds, for every k, the P numbers of rows r ... r + P - 1 side by side.
+#pragma once
+
+#include "cpu/isa/tile.h"
+
+namespace mtz::cpu::MTZ_ISA {
+
+inline Index ceil_div(Index a, Index b) {
+    return (a + b - 1) / b;
+}
+
+inline Index smaller(Index a, Index b) {
+    return a < b ? a : b;
+}
+
+// One panel: `rows` <= P rows of `count` numbers -> [count, P]; rows that are missing become zero.
+template <class In, class T>
+inline void pack_panel(const In* source, Index row_stride, Index column_stride, Index rows, Index count, T* panel) {
+    constexpr Index P = kPanel<T>, lanes = Simd<T>::kLanes;
+    Index k = 0;
+    if constexpr (std::is_same_v<In, T>) {
+        if (column_stride == 1 && rows == P)
+            for (; k + lanes <= count; k += lanes)
+                for (Index r = 0; r < P; r += lanes) {
+                    Vector<T> block[lanes];
+#pragma GCC unroll 16
+                    for (Index i = 0; i < lanes; ++i) block[i] = load(source + (r + i) * row_stride + k);
+                    transpose<T>(block);
+#pragma GCC unroll 16
+                    for (Index i = 0; i < lanes; ++i) store(panel + (k + i) * P + r, block[i]);
+                }
+    }
+    for (; k < count; ++k)
+        for (Index r = 0; r < P; ++r)
+            panel[k * P + r] = r < rows ? T(source[r * row_stride + k * column_stride]) : T(0);
+}
+
+// `rows` rows -> ceil(rows / P) panels of [count, P].
+template <class In, class T>
+inline void pack_rows(const In* source, Index row_stride, Index column_stride, Index rows, Index count, T* panels) {
+    constexpr Index P = kPanel<T>;
+    for (Index r = 0; r < rows; r += P)
+        pack_panel(source + r * row_stride, row_stride, column_stride, smaller(P, rows - r), count, panels + r * count);
+}
+
+}  // namespace mtz::cpu::MTZ_ISA
