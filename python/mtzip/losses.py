@@ -1,0 +1,133 @@
+"""What retraining minimises: distance to a teacher's outputs, a loss on labels, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def output_tensor(output: Any, task: str) -> Tensor:
+    """The tensor that counts of what a network returns: itself, ``logits`` of a dict or ModelOutput, a tuple's first.
+
+    Raises:
+        TypeError: none of these is a tensor.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the network of task {task!r} must return a tensor, a tuple that starts with one, or something with "
+            f"'logits', got {type(output).__name__}; pass loss= to work on it yourself"
+        )
+    return found
+
+
+def class_dim(output: Tensor, targets: Tensor | None) -> int | None:
+    """Dimension of ``output`` that runs over the classes, None where ``targets`` cannot be class indices of it.
+
+    Targets [N, ...] belong to outputs [N, C, ...], the convention of torch, or [N, ..., C], that of language models.
+    Without targets: the last dimension of outputs [N, C] and [N, L, C], dimension 1 of [N, C, H, W] and up.
+    """
+    if output.dim() < 2:
+        return None
+    if targets is None:
+        return -1 if output.dim() < 4 else 1
+    if targets.shape == output.shape[:1] + output.shape[2:]:
+        return 1
+    return -1 if targets.shape == output.shape[:-1] else None
+
+
+def is_integer(targets: Any) -> bool:
+    """True for targets that may be class indices."""
+    return isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+
+
+def label_loss(output: Tensor, targets: Any, task: str) -> Tensor:
+    """Cross entropy for integer targets, mean squared error for floating ones.
+
+    Args:
+        output: [N, C, ...] or [N, ..., C] for class indices [N, ...]; for floating targets of the same size.
+        targets: a tensor.
+        task: name, for messages.
+
+    Raises:
+        TypeError: targets are no tensor.
+        ValueError: shapes that do not go together; boolean targets.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets of task {task!r} must be a tensor, got {type(targets).__name__}; pass loss= for it")
+    if not is_integer(targets):
+        if targets.numel() != output.numel():
+            raise ValueError(
+                f"floating targets of task {task!r} must have the shape of the output {list(output.shape)}, "
+                f"got {list(targets.shape)}; pass loss= for another comparison"
+            )
+        return F.mse_loss(output, targets.to(output.dtype).view_as(output))
+    dim = class_dim(output, targets)
+    if dim is None or output.shape[dim] < 2 or targets.dtype == torch.bool:
+        raise ValueError(
+            f"integer targets of task {task!r} must be class indices [N, ...] for outputs [N, C, ...] or [N, ..., C] "
+            f"with C > 1, got {targets.dtype} {list(targets.shape)} for outputs {list(output.shape)}; "
+            "pass loss= (binary_cross_entropy_with_logits for yes or no)"
+        )
+    return F.cross_entropy(output.movedim(dim, 1), targets.long())
+
+
+def kl_loss(output: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(output / T)), mean over all but the classes (Hinton et al. 2015)."""
+    student = F.log_softmax(output / temperature, dim)
+    target = F.log_softmax(teacher / temperature, dim)
+    return temperature**2 * F.kl_div(student, target, reduction="none", log_target=True).sum(dim).mean()
+
+
+def relative_mse(output: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error relative to the variance of the teacher's outputs over the batch: comparable between tasks."""
+    energy = teacher.square().mean()
+    spread = (teacher - teacher.mean(0)).square().mean() if len(teacher) > 1 else energy
+    tiny = 1e-6 * energy + 1e-12  # a teacher whose outputs are all the same
+    return F.mse_loss(output, teacher) / (spread + tiny)
+
+
+def distillation_loss(
+    output: Tensor, teacher: Tensor, targets: Any, kind: str, temperature: float, task: str
+) -> Tensor:
+    """How far the outputs are from the teacher's.
+
+    Args:
+        output, teacher: of the same shape.
+        targets: labels that came along, or None; they tell "auto" what the outputs are.
+        kind: "kl", "mse" (relative to the teacher's variance), or "auto": "kl" where the targets are class indices,
+            "mse" otherwise, for it fits logits and regression alike (for logits it is the limit of large temperature).
+        temperature: of "kl".
+        task: name, for messages.
+
+    Raises:
+        ValueError: shapes differ, or "kl" for outputs without classes.
+    """
+    if output.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher of task {task!r} must give outputs {list(output.shape)} as the network does, "
+            f"got {list(teacher.shape)}; pass the network that was zipped"
+        )
+    classes = class_dim(output, targets if is_integer(targets) else None)
+    if kind == "auto":
+        kind = "kl" if is_integer(targets) and classes is not None and output.shape[classes] > 1 else "mse"
+    if kind == "mse":
+        return relative_mse(output, teacher)
+    if classes is None or output.shape[classes] < 2:
+        raise ValueError(
+            f"distillation='kl' needs outputs [N, C, ...] with C > 1 classes, got {list(output.shape)} "
+            f"for task {task!r}; use distillation='mse'"
+        )
+    return kl_loss(output, teacher, classes, temperature)
