@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from .picture import draw
 from .recipes import RECIPES, trained
 from .table import Table
 from .tasks import Task, digit_tasks, mnist_tasks
-from .train import loader, test_error
+from .train import test_error
 
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)
 STEPS = 100
@@ -92,9 +93,9 @@ def _zip_levels(
     table = _table(kind.__name__, before, training_steps)
     levels = []
     for share in shares:
-        zipped = mtzip.zip_networks(originals, calibration, share=share)
+        zipped = mtzip.zip_networks(originals, calibration, share=share, progress=sys.stderr.isatty())
         at_once = _errors(zipped, tasks)
-        mtzip.retrain(zipped, {task.name: loader(task) for task in tasks}, steps=STEPS)
+        mtzip.retrain(zipped, {task.name: (task.train_images, task.train_labels) for task in tasks}, STEPS)
         stored = sum(parameter.numel() for parameter in zipped.parameters())
         levels.append(Level(share, at_once, _errors(zipped, tasks), stored, total, STEPS))
         _row(table, levels[-1])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from .tasks import Task
@@ -83,10 +82,3 @@ def evaluating(network: object) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def loader(task: Task, batch: int = 128, seed: int = 0) -> DataLoader:
-    """Shuffled batches of labelled training images, in an order fixed by ``seed``."""
-    generator = torch.Generator().manual_seed(seed)
-    data = TensorDataset(task.train_images, task.train_labels)
-    return DataLoader(data, batch, shuffle=True, drop_last=len(data) >= batch, generator=generator)
