@@ -35,12 +35,12 @@ def alike(op: str, first: str, a: torch.Tensor, second: str, b: torch.Tensor) ->
         )
 
 
-def no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
+def no_gradient(op: str, **tensors: object) -> None:
     """The operators have no derivative: refuse to lose one silently."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but {op} has no derivative; pass {name}.detach() or use torch.no_grad()"
             )

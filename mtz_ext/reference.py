@@ -1,8 +1,9 @@
-"""The operators in plain torch, float64, by their definitions: slow, dense, and written independently of the kernels."""
+"""The operators in plain torch, float64, by their definitions: slow, dense, written independently of the kernels."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ def neuron_distances(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | No
 def sherman_morrison(inverse: torch.Tensor, vectors: torch.Tensor, weight: float | torch.Tensor = 1.0) -> torch.Tensor:
     """[..., d, d], [..., k, d], [..., k] -> float64 [..., d, d]: invert, add, invert. Not in place."""
     x = vectors.double()
-    w = torch.as_tensor(weight, dtype=torch.float64, device=x.device).expand(x.shape[:-1])
+    w = torch.as_tensor(weight, dtype=torch.float64, device=x.device)
+    w = w.expand(torch.broadcast_shapes(w.shape, x.shape[:-1]))
     matrix = torch.linalg.inv(inverse.double()) + x.mT @ (w.unsqueeze(-1) * x)
     return torch.linalg.inv(matrix)
 
@@ -31,7 +33,7 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
     """
     n, m = distances.shape[-2:]
     count = min(n, m) if count is None else count
-    matrices = distances.double().reshape(-1, n, m).tolist()
+    matrices = distances.double().reshape(math.prod(distances.shape[:-2]), n, m).tolist()
     choose = _greedy if method == "greedy" else _optimal
     pairs = [choose(matrix, n, m, count) for matrix in matrices]
     return torch.tensor(pairs, dtype=torch.int64).reshape(*distances.shape[:-2], count, 2)

@@ -48,9 +48,7 @@ def sherman_morrison_(
     TypeError
         Element types differ or are neither float32 nor float64.
     """
-    _checks.no_gradient(
-        _NAME, inverse=inverse, vectors=vectors, weight=weight if isinstance(weight, torch.Tensor) else None
-    )
+    _checks.no_gradient(_NAME, inverse=inverse, vectors=vectors, weight=weight)
     if not isinstance(weight, torch.Tensor):
         weight = torch.full((), weight, dtype=torch.float64, device=inverse.device)
     _op(inverse, vectors, weight, check)

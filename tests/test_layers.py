@@ -1,0 +1,55 @@
+"""The arrow rule: csrc <- mtz_ext <- python/mtzip <- bench, tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ABOVE = {
+    "mtz_ext": {"mtzip", "bench", "tests"},
+    "python/mtzip": {"bench", "tests", "_mtz_ext"},
+    "bench": {"_mtz_ext"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names that a Python file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", ABOVE)
+def test_python_imports_point_down(folder):
+    for file in (ROOT / folder).rglob("*.py"):
+        wrong = imported(file) & ABOVE[folder]
+        # cases shared with the tests are the benchmarks' inputs; they import nothing but torch
+        assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_native_code_knows_neither_torch_nor_python():
+    files = [f for suffix in ("h", "cuh", "cpp", "cu") for f in (ROOT / "csrc").rglob(f"*.{suffix}")]
+    assert len(files) > 10
+    for file in files:
+        included = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', file.read_text())
+        for header in included:
+            assert not re.match(r"(torch|ATen|c10|caffe2)/", header), f"{file.relative_to(ROOT)} includes {header}"
+            if file.name != "binding.cpp":
+                assert not re.match(r"(pybind11/|Python\.h)", header), f"{file.relative_to(ROOT)} includes {header}"
+
+
+def test_every_operator_has_its_stem_in_every_folder():
+    headers = {f.stem for f in (ROOT / "csrc/include/mtz").glob("*.h")} - {"common"}
+    assert headers == {"neuron_distances", "sherman_morrison", "match_neurons", "conv2d_second_moment"}
+    for stem in headers:
+        assert list((ROOT / "csrc/cpu").rglob(f"{stem}.cpp")), f"csrc/cpu has no {stem}.cpp"
+        for folder, name in (("mtz_ext/ops", f"{stem}.py"), ("tests", f"test_{stem}.py"), ("bench", f"{stem}.py")):
+            assert (ROOT / folder / name).exists(), f"{folder} has no {name}"
