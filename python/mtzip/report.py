@@ -1,9 +1,13 @@
-"""What a zip did: neurons shared on every axis, what it cost, parameters before and after, what stayed private and why."""
+"""What a zip did: neurons shared on every axis and what that cost, parameters stored, what stayed private and why."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from . import schema
 
 
 @dataclass
@@ -58,7 +62,18 @@ class Private:
 
 @dataclass
 class Report:
-    """What :func:`mtzip.zip_networks` did."""
+    """What :func:`mtzip.zip_networks` did. ``print`` it for a table, :meth:`plot` it for a picture.
+
+    Args:
+        tasks: names of the tasks.
+        method: "refit", "mtz" or "average".
+        axes: channel dimensions that may be shared.
+        layers: layers as merged, in the order of the sweep.
+        private: what was left private, and why.
+        parameters_before: of all networks together.
+        parameters_after: stored in the zipped network, shared ones once.
+        seconds: stage to time it took.
+    """
 
     tasks: tuple[str, ...]
     method: str
@@ -69,6 +84,85 @@ class Report:
     parameters_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def ratio(self) -> float:
+        """Parameters stored as a fraction of those before; 1 where there were none."""
+        return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
+
+    def __str__(self) -> str:
+        from .report_table import table
+
+        return table(self)
+
+    def plot(self, path=None):
+        """Draws neurons shared and private, functional differences, and parameters before and after.
+
+        Args:
+            path: file to write (the ending chooses the format), or None.
+
+        Returns:
+            matplotlib.figure.Figure: not registered with pyplot, so there is nothing to close.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .report_plot import plot
+
+        return plot(self, path)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
-        return asdict(self)
+        """Plain dicts, lists and numbers, as JSON has them: None stands for a number that is not finite."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field missing, unknown or of the wrong kind; says which.
+        """
+        values = _REPORT(data, "report")
+        values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
+        values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
+        values["private"] = [Private(**item) for item in values["private"]]
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+_COUNTS, _NUMBERS = schema.mapping(schema.count), schema.mapping(schema.number)
+_AXIS = schema.fields(
+    {"name": schema.text, "neurons": _COUNTS, "shared": schema.count, "difference": schema.optional(schema.number)}
+)
+_LAYER = schema.fields(
+    {
+        "name": schema.text,
+        "before": schema.count,
+        "after": schema.count,
+        "samples": _COUNTS,
+        "damping": schema.number,
+        "space": schema.text,
+        "error": _NUMBERS,
+    }
+)
+_PRIVATE = schema.fields({"task": schema.text, "name": schema.text, "reason": schema.text})
+_REPORT = schema.fields(
+    {
+        "tasks": schema.listing(schema.text),
+        "method": schema.text,
+        "axes": schema.listing(_AXIS),
+        "layers": schema.listing(_LAYER),
+        "private": schema.listing(_PRIVATE),
+        "parameters_before": schema.count,
+        "parameters_after": schema.count,
+        "seconds": _NUMBERS,
+    }
+)

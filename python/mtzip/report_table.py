@@ -1,0 +1,85 @@
+"""A :class:`~mtzip.report.Report` as text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from .report import Report
+
+WIDTH = 110  # of the list of what stayed private
+
+
+def table(report: Report) -> str:
+    """Axes, layers and totals as aligned columns, then what stayed private and why."""
+    parts = [_headline(report)]
+    if report.axes:
+        parts.append(_axes(report))
+    if report.layers:
+        parts.append(_layers(report))
+    if report.private:
+        parts.append(_private(report))
+    if report.seconds:
+        parts.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
+    return "\n\n".join(parts)
+
+
+def _headline(report: Report) -> str:
+    tasks = " + ".join(report.tasks) or "no tasks"
+    stored = f"{report.parameters_after:,} parameters stored of {report.parameters_before:,} ({report.ratio:.1%})"
+    return f"{tasks}, method {report.method}: {stored}"
+
+
+def _axes(report: Report) -> str:
+    rows = [["axis", *(f"neurons {task}" for task in report.tasks), "shared", "%", "difference"]]
+    for axis in report.axes:
+        width = min(axis.neurons.values(), default=0)
+        neurons = [f"{axis.neurons[task]:,}" if task in axis.neurons else "" for task in report.tasks]
+        share = f"{100 * axis.shared / width:.0f}" if width else ""
+        rows.append([axis.name, *neurons, f"{axis.shared:,}", share, _number(axis.difference)])
+    return columns(rows)
+
+
+def _layers(report: Report) -> str:
+    errors = [f"error {task}" for task in report.tasks]
+    rows = [["layer", "parameters", "stored", "%", *errors, "damping", "moments"]]
+    for layer in report.layers:
+        ratio = f"{100 * layer.after / layer.before:.1f}" if layer.before else ""
+        found = [_number(layer.error.get(task)) for task in report.tasks]
+        rows.append(
+            [layer.name, f"{layer.before:,}", f"{layer.after:,}", ratio, *found, _number(layer.damping), layer.space]
+        )
+    before, after = f"{report.parameters_before:,}", f"{report.parameters_after:,}"
+    total = ["whole network", before, after, f"{100 * report.ratio:.1f}"]
+    rows.append(total + [""] * (len(rows[0]) - len(total)))
+    return columns(rows, ruled=True)
+
+
+def _private(report: Report) -> str:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in report.private:
+        groups.setdefault((item.task, item.reason), []).append(item.name)
+    lines = ["left private:"]
+    for (task, reason), names in groups.items():
+        line = f"{task}: {', '.join(names)}: {reason}"
+        lines.append(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False))
+    return "\n".join(lines)
+
+
+def columns(rows: Sequence[Sequence[str]], ruled: bool = False) -> str:
+    """Rows under a header, the first column to the left and the others to the right; a rule before the last row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines.insert(1, rule)
+    if ruled:
+        lines.insert(-1, rule)
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
