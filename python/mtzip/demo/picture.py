@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .run import Outcome
 
-ORIGINAL, ZIPPED, RETRAINED = "#6b7280", "#d97706", "#0f766e"
+ORIGINAL, AVERAGED, ZIPPED, RETRAINED = "#6b7280", "#9ca3af", "#d97706", "#0f766e"
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
@@ -19,10 +19,9 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     matplotlib.use("Agg")  # there need not be a display
     from matplotlib import pyplot
 
-    tasks = tuple(outcomes[0].training_steps)
-    figure, axes = pyplot.subplots(
-        len(outcomes), len(tasks), squeeze=False, figsize=(5 * len(tasks), 3.6 * len(outcomes)), layout="constrained"
-    )
+    tasks = tuple(outcomes[0].originals)
+    size = (4.8 * len(tasks), 0.5 + 3.4 * len(outcomes))
+    figure, axes = pyplot.subplots(len(outcomes), len(tasks), squeeze=False, figsize=size, layout="constrained")
     for outcome, row in zip(outcomes, axes, strict=True):
         for task, panel in zip(tasks, row, strict=True):
             _panel(panel, outcome, task)
@@ -33,18 +32,27 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
 
 
 def _panel(panel, outcome: Outcome, task: str) -> None:
-    levels = [outcome.originals, *outcome.levels]
-    shares = [100 * level.share for level in levels]
-    panel.axhline(outcome.originals.zipped[task], color=ORIGINAL, linestyle="--", linewidth=1.2, label="original")
-    panel.plot(shares, [level.zipped[task] for level in levels], "o-", color=ZIPPED, label="zipped, not retrained")
-    steps = outcome.levels[-1].steps
-    panel.plot(shares, [level.retrained[task] for level in levels], "s-", color=RETRAINED, label=f"after {steps} steps")
-    panel.set_title(f"{outcome.network}, {task}", fontsize=11)
-    ticks = [f"{100 * level.share:.0f} %\n{level.stored / level.total:.0%}" for level in levels]
-    panel.set_xticks(shares, ticks)
-    panel.set_xlabel("neurons shared, and parameters stored against the sum of the parts")
+    original = outcome.originals[task]
+    shares = [0.0, *(100 * level.share for level in outcome.levels)]
+
+    def line(errors: list[float], style: str, color: str, label: str) -> None:
+        panel.plot(shares, [original, *errors], style, color=color, label=label, markersize=5)
+
+    panel.axhline(original, color=ORIGINAL, linestyle="--", linewidth=1.2, label="original")
+    line([level.averaged[task] for level in outcome.levels], "^:", AVERAGED, "averaged")
+    line([level.zipped[task] for level in outcome.levels], "o-", ZIPPED, "zipped")
+    retrained = f"zipped and retrained for {outcome.retraining_steps} steps"
+    line([level.retrained[task] for level in outcome.levels], "s-", RETRAINED, retrained)
+
+    stored = [1.0, *(level.stored / outcome.total for level in outcome.levels)]
+    panel.set_xticks(shares, [f"{share:.0f}\n{part:.0%}" for share, part in zip(shares, stored, strict=True)])
+    panel.set_xlabel("neurons shared, % (below: parameters stored)")
     panel.set_ylabel("test error, %")
-    panel.set_ylim(bottom=0)
+    # Averaging may be off by tens of per cent; the scale is for the lines that stay near the original.
+    near = max(max(level.zipped[task], level.retrained[task]) for level in outcome.levels)
+    far = max(level.averaged[task] for level in outcome.levels)
+    panel.set_ylim(0, 1.15 * max(original, near, min(far, 3 * max(original, near))))
+    panel.set_title(f"{outcome.network}, {task}", fontsize=11)
     panel.grid(axis="y", color="#e5e7eb")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
