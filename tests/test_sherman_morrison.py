@@ -55,11 +55,11 @@ def test_batches_and_weights(batch, device, assert_within):
 @pytest.mark.parametrize("d", [19, 64, 300])
 def test_taking_out_again(d, device, assert_within):
     inverse = cases.damped_inverse(3, d=d).to(device)
-    vectors = cases.randn(3, 20, d, seed=1, device=device)
+    vectors = 0.3 * cases.randn(3, 20, d, seed=1, device=device)
     got = mtz_ext.sherman_morrison_(inverse.clone(), vectors)
     mtz_ext.sherman_morrison_(got, vectors, weight=-1.0)
-    # measured 6e-6: taking out 20 vectors divides by (1 + x^T A^-1 x) what the first update rounded
-    assert_within(got, inverse, 1e-4, scale(inverse))
+    # taking a vector out divides by 1 - x^T A^-1 x, here down to 1/40, what putting it in rounded; measured 6e-6
+    assert_within(got, inverse, 3e-5, scale(inverse))
 
 
 def test_order_of_signs_does_not_matter(device, assert_within):

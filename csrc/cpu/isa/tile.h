@@ -41,7 +41,7 @@ inline Walk straight(Index count, Index a_step, Index b_step) {
 }
 
 template <class T, class Op>
-inline void tile_rows(const T* a, const T* b, const Walk& walk, T* tile) {
+inline void tile_rows(const T* a, const T* b, const Walk& walk, T* tile, Index tile_row) {
     constexpr int vectors = kPanel<T> / Simd<T>::kLanes;
     Vector<T> sum[kRegisterRows<T>][vectors] = {};
     const Index a_step = walk.a[2], b_step = walk.b[2];
@@ -72,15 +72,37 @@ inline void tile_rows(const T* a, const T* b, const Walk& walk, T* tile) {
     for (int i = 0; i < kRegisterRows<T>; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            T* t = tile + i * kPanel<T> + v * Simd<T>::kLanes;
+            T* t = tile + i * tile_row + v * Simd<T>::kLanes;
             store(t, load(t) + sum[i][v]);
         }
 }
 
-// tile is [P, P] row by row.
+// tile is [P, P], its rows tile_row elements apart.
 template <class T, class Op>
-inline void add_tile(const T* a, const T* b, const Walk& walk, T* tile) {
-    for (int i = 0; i < kPanel<T>; i += kRegisterRows<T>) tile_rows<T, Op>(a + i, b, walk, tile + i * kPanel<T>);
+inline void add_tile(const T* a, const T* b, const Walk& walk, T* tile, Index tile_row = kPanel<T>) {
+    for (int i = 0; i < kPanel<T>; i += kRegisterRows<T>)
+        tile_rows<T, Op>(a + i, b, walk, tile + i * tile_row, tile_row);
+}
+
+// to[j, i] = from[i, j], both [P, P] with rows from_row and to_row elements apart; they may be the same.
+template <class T>
+inline void transpose_tile(const T* from, Index from_row, T* to, Index to_row) {
+    constexpr int lanes = Simd<T>::kLanes, blocks = kPanel<T> / lanes;
+    Vector<T> all[blocks][blocks][lanes];
+#pragma GCC unroll 4
+    for (int r = 0; r < blocks; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < blocks; ++c) {
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) all[r][c][i] = load(from + (r * lanes + i) * from_row + c * lanes);
+            transpose<T>(all[r][c]);
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < blocks; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < blocks; ++c)
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) store(to + (c * lanes + i) * to_row + r * lanes, all[r][c][i]);
 }
 
 }  // namespace mtz::cpu::MTZ_ISA
