@@ -1,0 +1,198 @@
+"""What a file of :func:`mtzip.save` says about its tensors: tasks, layouts of the leaves, what is shared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import schema
+from .report import Report
+from .share import LEAVES, Layout, SharedLayer, ZippedNetwork, leaves
+
+FORMAT, VERSION = "mtzip", 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything but the tensors.
+
+    Args:
+        tasks: names, in their order: layouts speak of tasks by number.
+        networks: task to the name of its network's class, for readers; it is never imported.
+        layers: task to path to (name of the plain class, layout) of every leaf.
+        shared: key of a shared tensor to the ``networks.*`` keys it stands for.
+        aliases: key of a tensor that one network has at several places to the key it is stored under.
+        report: what the zip did, None for a network put together otherwise.
+        versions: of mtzip and torch that wrote the file.
+    """
+
+    tasks: tuple[str, ...]
+    networks: dict[str, str]
+    layers: dict[str, dict[str, tuple[str, Layout]]]
+    shared: dict[str, tuple[str, ...]]
+    aliases: dict[str, str]
+    report: Report | None
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, zipped: ZippedNetwork) -> Manifest:
+        """The manifest of a zipped network."""
+        layers = {
+            task: {path: (leaf.plain.__name__, leaf.layout) for path, leaf in leaves(zipped[task])} for task in zipped
+        }
+        return cls(
+            zipped.tasks,
+            {task: f"{type(zipped[task]).__module__}.{type(zipped[task]).__qualname__}" for task in zipped},
+            layers,
+            {key: tuple(places) for key, places in zipped.shared_keys().items()},
+            _aliases(zipped),
+            zipped.report,
+            {"mtzip": _version(), "torch": torch.__version__},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        layers = {
+            task: {path: {"class": name, "layout": layout.to_dict()} for path, (name, layout) in paths.items()}
+            for task, paths in self.layers.items()
+        }
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "versions": self.versions,
+            "tasks": list(self.tasks),
+            "networks": self.networks,
+            "layers": layers,
+            "shared": {key: list(places) for key, places in self.shared.items()},
+            "aliases": self.aliases,
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: another format or version; a field missing, unknown, of the wrong kind, or against another.
+        """
+        if data.get("format") != FORMAT:
+            raise ValueError(f"the manifest's format must be {FORMAT!r}, got {str(data.get('format'))[:60]!r}")
+        if data.get("version") != VERSION:
+            got = str(data.get("version"))[:60]
+            raise ValueError(f"the manifest's version must be {VERSION}, got {got}; it was written by another mtzip")
+        values = _MANIFEST(data, "manifest")
+        del values["format"], values["version"]
+        tasks = values["tasks"]
+        for name in ("networks", "layers"):
+            if set(values[name]) != set(tasks) or len(set(tasks)) < len(tasks):
+                raise ValueError(f"manifest.{name} must have the tasks {list(tasks)}, got {list(values[name])}")
+        for number, task in enumerate(tasks):
+            for path, leaf in values["layers"][task].items():
+                where = f"the layout of layer {path!r} of task {task!r}"
+                layout = Layout.from_dict(leaf["layout"])
+                check_layout(layout, number, len(tasks), where)
+                values["layers"][task][path] = (leaf["class"], layout)
+        if values["report"] is not None:
+            values["report"] = Report.from_dict(values["report"])
+        return cls(**values)
+
+
+def check_layout(layout: Layout, task: int, tasks: int, where: str) -> None:
+    """ValueError for a layout that no layer of task number ``task`` of ``tasks`` can have."""
+    if layout.task != task:
+        raise ValueError(f"{where} must be of task {task}, got {layout.task}")
+    for name, runs in (("rows", layout.rows), ("columns", layout.columns), ("bias", layout.bias)):
+        for run in runs or ():
+            ordered = list(run.tasks) == sorted(set(run.tasks))
+            if not ordered or task not in run.tasks or run.tasks[-1] >= tasks or run.size < 1:
+                raise ValueError(
+                    f"{where}: runs of {name} must have at least one neuron and the tasks that share it in ascending "
+                    f"order, {task} among them, got {run.size} neurons of {list(run.tasks)}"
+                )
+        if runs is not None and not runs:
+            raise ValueError(f"{where} must have at least one run of {name}, got none")
+        if name != "columns" and runs and len({run.tasks for run in runs}) < len(runs):
+            raise ValueError(f"{where} must have one run of {name} for a set of tasks, got two")
+    rows = sum(run.size for run in layout.rows)
+    if layout.bias is not None and sum(run.size for run in layout.bias) != rows:
+        raise ValueError(f"{where} must have a bias for each of its {rows} rows, got another number")
+    if layout.scaled > rows:
+        raise ValueError(f"{where} must scale at most its {rows} rows, got {layout.scaled}")
+
+
+def leaf_class(layer: nn.Module | None, name: str, layout: Layout, where: str) -> type[SharedLayer]:
+    """The leaf class that can take the place of ``layer``.
+
+    Raises:
+        ValueError: the layer is missing, of another class, or of another size than the file has; says which.
+    """
+    if type(layer) not in LEAVES or type(layer).__name__ != name:
+        got = "none" if layer is None else type(layer).__name__
+        raise ValueError(f"{where} must be an nn.{name} as in the file, got {got}; pass a network of the class saved")
+    weight = layer.weight
+    expected = sum(run.size for run in layout.rows), sum(run.size for run in layout.columns)
+    if expected != tuple(weight.shape[:2]):
+        wanted, got = (f"{outputs} outputs and {inputs} inputs" for outputs, inputs in (expected, weight.shape[:2]))
+        raise ValueError(
+            f"{where} must have {wanted} as in the file, got {got}; pass a network made with the arguments of the one "
+            "saved"
+        )
+    return LEAVES[type(layer)]
+
+
+def _aliases(zipped: ZippedNetwork) -> dict[str, str]:
+    """Tensors that one network has at several places: every further key to the first."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for key, tensor in zipped.state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), key) != key:
+            found[key] = first[id(tensor)]
+    return found
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mtzip")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _run(value: Any, where: str) -> tuple[tuple[int, ...], int]:
+    pair = value if isinstance(value, (list, tuple)) else ()
+    if len(pair) != 2:
+        raise ValueError(f"{where} must be a pair of tasks and a size, got {str(value)[:60]}")
+    tasks = schema.listing(schema.count)(pair[0], f"{where}[0]")
+    if not tasks:
+        raise ValueError(f"{where}[0] must name at least one task, got none")
+    return tasks, schema.count(pair[1], f"{where}[1]")
+
+
+_RUNS = schema.listing(_run)
+_LAYOUT = schema.fields(
+    {
+        "task": schema.count,
+        "rows": _RUNS,
+        "columns": _RUNS,
+        "bias": schema.optional(_RUNS),
+        "scaled": schema.count,
+    }
+)
+_TEXTS = schema.mapping(schema.text)
+_MANIFEST = schema.fields(
+    {
+        "format": schema.text,
+        "version": schema.count,
+        "versions": _TEXTS,
+        "tasks": schema.listing(schema.text),
+        "networks": _TEXTS,
+        "layers": schema.mapping(schema.mapping(schema.fields({"class": schema.text, "layout": _LAYOUT}))),
+        "shared": schema.mapping(schema.listing(schema.text)),
+        "aliases": _TEXTS,
+        "report": lambda value, where: value,  # Report.from_dict looks at it
+    }
+)
