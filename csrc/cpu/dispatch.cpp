@@ -74,28 +74,6 @@ Isa current_isa() {
     return chosen().load()->isa;
 }
 
-#ifdef MTZ_HAS_AVX512
-#define MTZ_CASE_AVX512(call) \
-    case Isa::avx512:         \
-        return avx512::call;
-#else
-#define MTZ_CASE_AVX512(call)
-#endif
-#ifdef MTZ_HAS_AVX2
-#define MTZ_CASE_AVX2(call) \
-    case Isa::avx2:         \
-        return avx2::call;
-#else
-#define MTZ_CASE_AVX2(call)
-#endif
-#define MTZ_DISPATCH(call)        \
-    switch (current_isa()) {      \
-        MTZ_CASE_AVX512(call)     \
-        MTZ_CASE_AVX2(call)       \
-        default:                  \
-            return generic::call; \
-    }
-
 std::size_t neuron_distances_workspace(const NeuronDistancesArgs& args,
                                        int threads){MTZ_DISPATCH(neuron_distances_workspace(args, threads))} Status
     neuron_distances(const NeuronDistancesArgs& args, void* workspace,
@@ -103,13 +81,8 @@ std::size_t neuron_distances_workspace(const NeuronDistancesArgs& args,
 
 std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs& args,
                                        int threads){MTZ_DISPATCH(sherman_morrison_workspace(args, threads))} Status
-    sherman_morrison(const ShermanMorrisonArgs& args, void* workspace,
-                     int threads){MTZ_DISPATCH(sherman_morrison(args, workspace, threads))}
-
-std::size_t conv2d_second_moment_workspace(const Conv2dSecondMomentArgs& args, int threads){
-    MTZ_DISPATCH(conv2d_second_moment_workspace(args, threads))} Status
-    conv2d_second_moment(const Conv2dSecondMomentArgs& args, void* workspace, int threads) {
-    MTZ_DISPATCH(conv2d_second_moment(args, workspace, threads))
+    sherman_morrison(const ShermanMorrisonArgs& args, void* workspace, int threads) {
+    MTZ_DISPATCH(sherman_morrison(args, workspace, threads))
 }
 
 }  // namespace mtz::cpu

@@ -16,3 +16,26 @@ bool use_isa(const char* name);
 Isa current_isa();
 
 }  // namespace mtz::cpu
+
+// return NAMESPACE::call, with the namespace of the instruction set in use
+#ifdef MTZ_HAS_AVX512
+#define MTZ_CASE_AVX512(call) \
+    case Isa::avx512:         \
+        return avx512::call;
+#else
+#define MTZ_CASE_AVX512(call)
+#endif
+#ifdef MTZ_HAS_AVX2
+#define MTZ_CASE_AVX2(call) \
+    case Isa::avx2:         \
+        return avx2::call;
+#else
+#define MTZ_CASE_AVX2(call)
+#endif
+#define MTZ_DISPATCH(call)        \
+    switch (current_isa()) {      \
+        MTZ_CASE_AVX512(call)     \
+        MTZ_CASE_AVX2(call)       \
+        default:                  \
+            return generic::call; \
+    }

@@ -7,14 +7,36 @@
 #include "mtz/neuron_distances.h"
 #include "mtz/sherman_morrison.h"
 
-#define MTZ_DECLARE(isa)                                                            \
-    namespace mtz::cpu::isa {                                                       \
-    std::size_t neuron_distances_workspace(const NeuronDistancesArgs&, int);        \
-    Status neuron_distances(const NeuronDistancesArgs&, void*, int);                \
-    std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs&, int);        \
-    Status sherman_morrison(const ShermanMorrisonArgs&, void*, int);                \
-    std::size_t conv2d_second_moment_workspace(const Conv2dSecondMomentArgs&, int); \
-    Status conv2d_second_moment(const Conv2dSecondMomentArgs&, void*, int);         \
+namespace mtz::cpu {
+
+struct ShiftTerm;
+struct ShiftPart;
+struct ShiftBlock;
+
+// A ShiftPlan without its vectors: for a panel of channels with itself, where (u, v) and (v, u) are transposes, and for
+// two different ones.
+struct ShiftPlans {
+    struct View {
+        const ShiftTerm* terms;
+        const ShiftPart* parts;
+        const ShiftBlock* blocks;
+        std::int64_t term_count, block_count;
+    };
+    View half, full;
+};
+
+}  // namespace mtz::cpu
+
+#define MTZ_DECLARE(isa)                                                                                  \
+    namespace mtz::cpu::isa {                                                                             \
+    std::size_t neuron_distances_workspace(const NeuronDistancesArgs&, int);                              \
+    Status neuron_distances(const NeuronDistancesArgs&, void*, int);                                      \
+    std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs&, int);                              \
+    Status sherman_morrison(const ShermanMorrisonArgs&, void*, int);                                      \
+    std::size_t second_moment_by_shifts_workspace(const Conv2dSecondMomentArgs&, const ShiftPlans&, int); \
+    Status second_moment_by_shifts(const Conv2dSecondMomentArgs&, const ShiftPlans&, void*, int);         \
+    std::size_t second_moment_by_unfolding_workspace(const Conv2dSecondMomentArgs&, int);                 \
+    Status second_moment_by_unfolding(const Conv2dSecondMomentArgs&, void*, int);                         \
     }
 
 MTZ_DECLARE(generic)
