@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from handmade import small_report
+from handmade import images, small, small_report
 
 from mtzip.report import AxisReport, LayerReport, Private, Report
+from mtzip.zip import zip_networks
 
 TABLE = """\
 a + b, method refit: 396 parameters stored of 545 (72.7%)
@@ -128,3 +129,12 @@ def test_matplotlib_is_imported_by_plot_alone_and_pyplot_never():
         "Report(('a',), 'mtz').plot(); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_report_of_a_real_zip(tmp_path):
+    zipped = zip_networks({"a": small(3, 0), "b": small(4, 1)}, {"a": images(0, 64), "b": images(1, 64)})
+    report = zipped.report
+    assert report.parameters_after == zipped.parameter_count()
+    assert f"{report.parameters_after:,} parameters stored" in str(report)
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert len(report.plot(tmp_path / "z.svg").axes) == 3

@@ -17,6 +17,7 @@ from mtzip.loaders import ShuffledBatches, cycle, loader_of
 from mtzip.losses import distillation_loss, kl_loss, label_loss, relative_mse
 from mtzip.retrain import gentle, retrain
 from mtzip.share import ZippedNetwork
+from mtzip.zip import zip_networks
 
 
 @pytest.fixture(autouse=True)
@@ -530,3 +531,16 @@ def test_a_network_without_sharing_can_be_retrained():
 
 def test_shuffled_batches_of_nothing_are_none():
     assert list(ShuffledBatches("a", loader_of("a", images(), 4).data.narrow(0, 0), 4)) == []
+
+
+# -- after a real zip ------------------------------------------------------------------------------------------
+
+
+def test_a_zip_is_retrained():
+    data = inputs(256)
+    zipped = zip_networks({"a": small(3, 0), "b": small(4, 1)}, data)
+    before = distance(zipped, data)
+    history = retrain(zipped, data, 100)
+    assert distance(zipped, data) < 0.9 * before
+    assert history[-1].total < history[0].total
+    assert not any(module.training for module in zipped.modules())

@@ -20,6 +20,7 @@ from torch import nn
 from mtzip import safefile
 from mtzip.save import load, read_manifest, save
 from mtzip.share import ZippedNetwork
+from mtzip.zip import zip_networks
 
 MADE = {"plain": lambda: zipped_pair(False), "scaled": zipped_pair, "three tasks": zipped_three}
 
@@ -604,3 +605,15 @@ def test_every_type_and_empty_and_strided_tensors(dtype, tmp_path):
         assert torch.equal(found[name].float(), tensor.float()) if not dtype.is_complex else True
     with pytest.raises(TypeError, match="must be of a type safetensors files have"):
         safefile.write(tmp_path / "z", {"x": torch.zeros(1, dtype=torch.complex128)}, {})
+
+
+# -- after a real zip ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "share"), [("refit", 0.0), ("refit", 0.5), ("mtz", 0.5), ("average", 1.0)])
+def test_a_zip_comes_back(method, share, tmp_path):
+    networks = {"a": small(3, 0), "b": small(4, 1, width=8)}
+    zipped = zip_networks(networks, {"a": images(0, 64), "b": images(1, 64)}, share=share, method=method)
+    save(zipped, tmp_path / "z")
+    assert_same(load(tmp_path / "z", {"a": small(3, 5), "b": small(4, 6, width=8)}), zipped)
+    assert str(read_manifest(tmp_path / "z")[0].report) == str(zipped.report)

@@ -96,7 +96,6 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], networks: Mapping
         for path, (name, layout) in layers.items():
             copies[task] = _with_leaf(copies[task], path, name, layout, f"layer {path!r} of task {task!r}")
     zipped = ZippedNetwork(copies, manifest.report)
-    zipped.training = any(network.training for network in copies.values())
     _tie(zipped, manifest, tensors)
     _fill(zipped, manifest, tensors)
     return zipped
@@ -136,8 +135,8 @@ def _tie(zipped: ZippedNetwork, manifest: Manifest, tensors: Mapping[str, Tensor
             got, wanted = list(found[place].shape), list(tensors[key].shape)
             if got != wanted:
                 raise ValueError(
-                    f"{place} must be {wanted} as in the file, got {got}; pass a network made with the arguments of the "
-                    "one saved"
+                    f"{place} must be {wanted} as in the file, got {got}; pass a network made with the arguments of "
+                    "the one saved"
                 )
             owner, _, name = place.rpartition(".")
             owners[owner]._parameters[name] = found[places[0]]

@@ -272,6 +272,7 @@ class ZippedNetwork(nn.Module):
                     f"got {task!r}; the keys of the state dict are networks.<task>.<path>: choose another name"
                 )
             self.networks[task] = network
+        self.training = self.networks.training = any(network.training for network in networks.values())
         self.report = report
         self._originals = dict(originals) if originals else None
 
