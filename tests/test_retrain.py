@@ -80,7 +80,7 @@ def test_learns_labels_without_teachers():
 
 def test_labels_and_teachers_are_added_up():
     zipped, data = zipped_pair(), labelled(16)
-    history = retrain(zipped, data, 1, batch_size=16, distillation="mse", weights={"b": 0.5})
+    history = retrain(zipped, data, 1, batch_size=16, weights={"b": 0.5})
     zipped = zipped_pair()
     for task, factor in (("a", 1.0), ("b", 0.5)):
         x, y = data[task]
@@ -250,7 +250,7 @@ def test_label_loss_says_which_shapes_it_takes(output, targets):
 
 def test_distillation_is_zero_for_the_teacher_itself_and_has_the_right_gradient():
     teacher = torch.randn(6, 4, dtype=torch.float64)
-    for kind in ("kl", "mse", "auto"):
+    for kind in ("kl", "mse"):
         loss = distillation_loss(teacher.clone(), teacher, None, kind, 2.0, "a")
         assert float(loss) == pytest.approx(0, abs=1e-12)
     output = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
@@ -267,11 +267,17 @@ def test_relative_mse_does_not_depend_on_the_scale_of_a_task():
     assert torch.isfinite(relative_mse(torch.ones(1, 2), torch.ones(1, 2)))
 
 
-def test_auto_takes_kl_for_class_indices_and_mse_otherwise():
+def test_kinds_of_distillation():
     output, teacher, classes = torch.randn(8, 3), torch.randn(8, 3), torch.randint(0, 3, (8,))
-    assert distillation_loss(output, teacher, classes, "auto", 2.0, "a") == kl_loss(output, teacher, 1, 2.0)
-    for targets in (None, torch.randn(8, 3)):
-        assert distillation_loss(output, teacher, targets, "auto", 2.0, "a") == relative_mse(output, teacher)
+    assert distillation_loss(output, teacher, classes, "kl", 2.0, "a") == kl_loss(output, teacher, 1, 2.0)
+    assert distillation_loss(output, teacher, classes, "mse", 2.0, "a") == relative_mse(output, teacher)
+    images_, wanted = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert distillation_loss(images_, wanted, None, "kl", 2.0, "a") == kl_loss(images_, wanted, 1, 2.0)
+    tokens, wanted = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    assert distillation_loss(tokens, wanted, torch.zeros(2, 5).long(), "kl", 2.0, "a") == kl_loss(
+        tokens, wanted, -1, 2.0
+    )
+    assert len(retrain(zipped_pair(), labelled(8), 1, distillation="kl")) == 1
     with pytest.raises(ValueError, match="use distillation='mse'"):
         distillation_loss(output[:, :1], teacher[:, :1], None, "kl", 2.0, "a")
     with pytest.raises(ValueError, match=r"must give outputs \[8, 3\].*got \[8, 2\]"):
@@ -497,7 +503,7 @@ def test_history():
         ({"weights": {"a": -1.0}}, ValueError, r"weights\['a'\] must be a finite number >= 0, got -1.0"),
         ({"loss": {"x": F.mse_loss}}, KeyError, "a key of loss"),
         ({"loss": F.mse_loss}, ValueError, "loss= of task 'a' needs targets"),
-        ({"distillation": "features"}, ValueError, "must be 'auto', 'kl' or 'mse', got 'features'"),
+        ({"distillation": "features"}, ValueError, "must be 'mse' or 'kl', got 'features'"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
         ({"batchnorm": "eval"}, ValueError, "must be 'frozen' or 'train', got 'eval'"),
     ],

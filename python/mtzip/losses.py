@@ -106,9 +106,8 @@ def distillation_loss(
 
     Args:
         output, teacher: of the same shape.
-        targets: labels that came along, or None; they tell "auto" what the outputs are.
-        kind: "kl", "mse" (relative to the teacher's variance), or "auto": "kl" where the targets are class indices,
-            "mse" otherwise, for it fits logits and regression alike (for logits it is the limit of large temperature).
+        targets: labels that came along, or None; class indices tell "kl" which dimension runs over the classes.
+        kind: "mse" (relative to the teacher's variance: fits logits and regression alike) or "kl".
         temperature: of "kl".
         task: name, for messages.
 
@@ -120,11 +119,9 @@ def distillation_loss(
             f"the teacher of task {task!r} must give outputs {list(output.shape)} as the network does, "
             f"got {list(teacher.shape)}; pass the network that was zipped"
         )
-    classes = class_dim(output, targets if is_integer(targets) else None)
-    if kind == "auto":
-        kind = "kl" if is_integer(targets) and classes is not None and output.shape[classes] > 1 else "mse"
     if kind == "mse":
         return relative_mse(output, teacher)
+    classes = class_dim(output, targets if is_integer(targets) else None)
     if classes is None or output.shape[classes] < 2:
         raise ValueError(
             f"distillation='kl' needs outputs [N, C, ...] with C > 1 classes, got {list(output.shape)} "

@@ -34,7 +34,7 @@ def retrain(
     loss: Loss | Mapping[str, Loss] | None = None,
     teachers: Mapping[str, Callable[..., Any]] | None = None,
     weights: Mapping[str, float] | None = None,
-    distillation: str = "auto",
+    distillation: str = "mse",
     temperature: float = 2.0,
     lr: float | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
@@ -60,15 +60,15 @@ def retrain(
             squared error for floating ones); one for all tasks or a mapping from task. It gets the raw output.
         teachers: task to module or callable whose outputs to imitate; None takes ``zipped.originals``, ``{}`` none.
         weights: task to factor of its loss, 1 where not given.
-        distillation: "kl" (logits of a classifier), "mse" (relative to the variance of the teacher's outputs), or
-            "auto": "kl" for batches with class indices as targets, "mse" for others.
+        distillation: "mse" (relative to the variance of the teacher's outputs: fits logits and regression, and
+            keeps zipped networks best) or "kl" (logits of a classifier).
         temperature: of "kl".
         lr: peak learning rate of the default optimiser, Adam with warm-up and cosine decay to zero.
         optimizer: instance over the network's parameters, or factory ``optimizer(parameters)``; it brings its own
             learning rate and no schedule.
         scheduler: instance, or factory ``scheduler(optimizer)``; stepped once a step.
         batchnorm: "frozen" leaves the statistics as zipping has fitted them and normalises with them, their affine is
-            trained; "train" normalises by the batch and updates them.
+            trained; "train" normalises by the batch and updates them. All else, dropout too, is in training mode.
         batch_size: for whole data sets.
         seed: makes the run repeatable (order of the batches drawn from torch's global generator, dropout) without
             disturbing the caller's generators; None draws from the caller's.
@@ -232,8 +232,8 @@ def _check(zipped, loaders, steps, loss, teachers, weights, distillation, temper
     for task, weight in (weights or {}).items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weights[{task!r}] must be a finite number >= 0, got {weight!r}")
-    if distillation not in ("auto", "kl", "mse"):
-        raise ValueError(f"distillation must be 'auto', 'kl' or 'mse', got {distillation!r}")
+    if distillation not in ("mse", "kl"):
+        raise ValueError(f"distillation must be 'mse' or 'kl', got {distillation!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature!r}")
     if batchnorm not in ("frozen", "train"):
