@@ -138,15 +138,23 @@ def demo(data: Path | None, output: Path) -> None:
 )
 @click.option(
     "--steps",
+    metavar="COUNT",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
     help="Retraining steps afterwards: the zipped network learns from the originals on the calibration inputs.",
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Inputs a task in a retraining step."
+    "--batch",
+    metavar="COUNT",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Inputs a task in a retraining step.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of inputs in retraining.")
+@click.option(
+    "--seed", metavar="NUMBER", type=int, default=0, show_default=True, help="Of the order of inputs in retraining."
+)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -243,6 +251,8 @@ def _guarded(run: Callable[[], Any]) -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         text = error.format_message()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            text = f"{text.rstrip('.')}; see {error.ctx.command_path} --help"
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # str() of a KeyError is the repr of its message
     else:

@@ -35,17 +35,19 @@ def _panel(panel, outcome: Outcome, task: str) -> None:
     original = outcome.originals[task]
     shares = [0.0, *(100 * level.share for level in outcome.levels)]
 
-    def line(errors: list[float], style: str, color: str, label: str) -> None:
-        panel.plot(shares, [original, *errors], style, color=color, label=label, markersize=5)
+    def line(errors: list[float], style: str, color: str, label: str, size: float = 4) -> None:
+        panel.plot(shares, [original, *errors], style, color=color, label=label, markersize=size, markeredgewidth=1.5)
 
     panel.axhline(original, color=ORIGINAL, linestyle="--", linewidth=1.2, label="original")
     line([level.averaged[task] for level in outcome.levels], "^:", AVERAGED, "averaged")
-    line([level.zipped[task] for level in outcome.levels], "o-", ZIPPED, "zipped")
+    line([level.zipped[task] for level in outcome.levels], "o-", ZIPPED, "zipped", 8)
     retrained = f"zipped and retrained for {outcome.retraining_steps} steps"
     line([level.retrained[task] for level in outcome.levels], "s-", RETRAINED, retrained)
 
     stored = [1.0, *(level.stored / outcome.total for level in outcome.levels)]
-    panel.set_xticks(shares, [f"{share:.0f}\n{part:.0%}" for share, part in zip(shares, stored, strict=True)])
+    panel.set_xticks(
+        shares, [f"{share:.0f}\n{part:.0%}" for share, part in zip(shares, stored, strict=True)], fontsize=9
+    )
     panel.set_xlabel("neurons shared, % (below: parameters stored)")
     panel.set_ylabel("test error, %")
     # Averaging may be off by tens of per cent; the scale is for the lines that stay near the original.
