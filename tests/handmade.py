@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from mtzip.report import AxisReport, LayerReport, Private, Report
 from mtzip.share import LEAVES, Layout, Run, ZippedNetwork, block_name, replace_module
-from torch import nn
 
 
 class Small(nn.Module):

@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 from handmade import ALL, BOTH, Small, images, share_layer, small, zipped_pair, zipped_three
-from mtzip.share import Layout, SharedLayer, ZippedNetwork, leaves
 from torch import nn
+
+from mtzip.share import Layout, SharedLayer, ZippedNetwork, leaves
 
 MADE = {"plain": lambda: zipped_pair(False), "scaled": zipped_pair, "three tasks": zipped_three}
 

@@ -20,8 +20,10 @@ from .losses import Loss
 from .objective import Objective, backward, objectives_of
 from .share import ZippedNetwork
 
-#: Peak learning rate of the default optimiser. A training-size rate destroys what merging has kept.
-LEARNING_RATE = 1e-3
+#: Peak learning rate of the default optimiser. A training-size rate destroys what merging has kept. Measured: mean test
+#: error of the fully shared LeNet-300-100 MNIST pair over the originals', 100 steps with labels, three seeds: 0.11 at
+#: 3e-4, 0.27 at 1e-3, 0.47 at 2e-3 (0.23 before). The quarter-width VGG-16 pair is 0.3 of 14 better at 1e-3.
+LEARNING_RATE = 3e-4
 #: Fraction of the steps over which the default schedule warms up.
 WARM_UP = 0.1
 
