@@ -12,7 +12,8 @@
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-constexpr Index kChunk = 512;                // positions summed in registers
+constexpr Index kRunOfPositions = 128;       // summed in registers
+constexpr Index kChunk = 512;                // positions added up before float64 takes over
 constexpr Index kTermsOfTask = 8;            // enough work on a chunk while it is in cache
 constexpr Index kSumBytes = Index(4) << 20;  // of term sums kept at a time
 
@@ -40,6 +41,7 @@ struct Shifts {
 
     Index packed_size() const { return g.groups * panels * g.samples * positions * P; }
     Index sums_size() const { return wave * terms * P * P; }
+    Index tiles_size() const { return g.kernel[0] * g.kernel[1] * P * P; }  // a thread
 
     // [groups, panels, samples, positions, P]; whether everything is finite.
     bool pack(T* packed, int threads) const {
@@ -73,14 +75,21 @@ struct Shifts {
         y1 = smaller(y1, term.y.first + term.y.count);
         if (y0 >= y1) return;
         const Index row = g.width * P, sample = positions * P;
-        for (Index x = 0; x < term.x.count; x += kChunk) {  // more than once only for very wide images
-            const T* from = a + s0 * sample + y0 * row + (term.x.first + x) * P;
-            const T* with = b + s0 * sample + (y0 + term.y.shift) * row + (term.x.first + x + term.x.shift) * P;
-            const Walk walk{{s1 - s0, y1 - y0, smaller(kChunk, term.x.count - x)}, {sample, row, P}, {sample, row, P}};
-            T tile[P * P] = {};
-            add_tile<T, Product>(from, with, walk, tile);
-            for (Index e = 0; e < P * P; ++e) sums[e] += double(tile[e]);
-        }
+        const Index columns = smaller(kRunOfPositions, term.x.count);
+        const Index rows = smaller(larger(1, kRunOfPositions / columns), y1 - y0);
+        const Index samples = larger(1, kRunOfPositions / (columns * rows));
+        T tile[P * P] = {};
+        for (Index s = s0; s < s1; s += samples)
+            for (Index y = y0; y < y1; y += rows)
+                for (Index x = term.x.first; x < term.x.first + term.x.count; x += columns) {
+                    const Index at = s * sample + y * row + x * P, shift = term.y.shift * row + term.x.shift * P;
+                    const Walk walk{{smaller(samples, s1 - s), smaller(rows, y1 - y),
+                                     smaller(columns, term.x.first + term.x.count - x)},
+                                    {sample, row, P},
+                                    {sample, row, P}};
+                    add_tile<T, Product>(a + at, b + at + shift, walk, tile);
+                }
+        for (Index e = 0; e < P * P; ++e) sums[e] += double(tile[e]);
     }
 
     // Terms first ... last - 1 of a pair of panels over all samples.
@@ -94,24 +103,41 @@ struct Shifts {
                     add_term(a, b, list[t], s, smaller(s + samples, g.samples), y, y + rows, sums + t * P * P);
     }
 
-    // The blocks of panels i and j of a group, and their mirror images.
-    void write(Index group, Index i, Index j, const ShiftPlans::View& plan, const double* sums) const {
+    // The tile of offsets (u, v) of a pair of panels, its terms added up; transposed on request.
+    void add_up(const ShiftPlans::View& plan, const double* sums, Index u, Index v, bool transposed, T* tile) const {
+        const Index offsets = g.kernel[0] * g.kernel[1];
+        Index at = u * offsets + v;
+        if (plan.block_count < offsets * offsets) {  // of a panel with itself: (u, v) is the transpose of (v, u)
+            if (u > v) return add_up(plan, sums, v, u, !transposed, tile);
+            at -= u * (u + 1) / 2;
+        }
+        double total[P * P] = {};
+        for (Index part = plan.blocks[at].first_part; part < plan.blocks[at].last_part; ++part) {
+            const double* term = sums + plan.parts[part].term * P * P;
+            const double sign = plan.parts[part].sign;
+            for (Index e = 0; e < P * P; ++e) total[e] += sign * term[e];
+        }
+        for (Index e = 0; e < P * P; ++e) tile[e] = T(total[e]);
+        if (transposed) transpose_tile(tile, P, tile, P);
+    }
+
+    // Rows of the result that belong to panel i, columns of panel j, or the mirror image. A row is written in one piece:
+    // `tiles` [offsets, P, P] holds all tiles of one offset u.
+    void write(Index group, Index i, Index j, bool mirror, const ShiftPlans::View& plan, const double* sums,
+               T* tiles) const {
         const Index offsets = g.kernel[0] * g.kernel[1], side = channels * offsets;
         T* out = static_cast<T*>(g.out) + group * side * side;
-        const Index rows = smaller(P, channels - i * P), columns = smaller(P, channels - j * P);
-        for (Index e = 0; e < plan.block_count; ++e) {
-            const ShiftBlock& block = plan.blocks[e];
-            double tile[P * P] = {};
-            for (Index part = block.first_part; part < block.last_part; ++part) {
-                const double* term = sums + plan.parts[part].term * P * P;
-                const double sign = plan.parts[part].sign;
-                for (Index k = 0; k < P * P; ++k) tile[k] += sign * term[k];
+        const Index across = mirror ? i : j, down = mirror ? j : i;
+        const Index rows = smaller(P, channels - down * P), columns = smaller(P, channels - across * P);
+        for (Index u = 0; u < offsets; ++u) {
+            for (Index v = 0; v < offsets; ++v)
+                mirror ? add_up(plan, sums, v, u, true, tiles + v * P * P)
+                       : add_up(plan, sums, u, v, false, tiles + v * P * P);
+            for (Index c = 0; c < rows; ++c) {
+                T* to = out + ((down * P + c) * offsets + u) * side + across * P * offsets;
+                for (Index f = 0; f < columns; ++f)
+                    for (Index v = 0; v < offsets; ++v) *to++ = tiles[v * P * P + c * P + f];
             }
-            for (Index c = 0; c < rows; ++c)
-                for (Index f = 0; f < columns; ++f) {
-                    const Index row = (i * P + c) * offsets + block.u, column = (j * P + f) * offsets + block.v;
-                    out[row * side + column] = out[column * side + row] = T(tile[c * P + f]);
-                }
         }
     }
 
@@ -122,12 +148,13 @@ struct Shifts {
         j = i + pair;
     }
 
-    void run(const T* packed, double* sums, int threads) const {
+    void run(const T* packed, double* sums, T* tiles, int threads) const {
         const Index tasks = ceil_div(terms, kTermsOfTask), panel = g.samples * positions * P;
         for (Index done = 0; done < g.groups * pairs; done += wave) {
             const Index count = smaller(wave, g.groups * pairs - done);
 #pragma omp parallel num_threads(threads)
             {
+                T* mine = tiles + thread_number() * tiles_size();
 #pragma omp for schedule(dynamic, 1)
                 for (Index e = 0; e < count * tasks; ++e) {
                     Index group, i, j;
@@ -142,7 +169,9 @@ struct Shifts {
                 for (Index e = 0; e < count; ++e) {
                     Index group, i, j;
                     find(done + e, group, i, j);
-                    write(group, i, j, i == j ? plans.half : plans.full, sums + e * terms * P * P);
+                    const ShiftPlans::View& plan = i == j ? plans.half : plans.full;
+                    write(group, i, j, false, plan, sums + e * terms * P * P, mine);
+                    if (i != j) write(group, i, j, true, plan, sums + e * terms * P * P, mine);
                 }
             }
         }
@@ -152,7 +181,7 @@ struct Shifts {
 template <class T>
 std::size_t workspace(const Conv2dSecondMomentArgs& g, const ShiftPlans& plans, int threads) {
     const Shifts<T> shifts(g, plans, threads);
-    return shifts.sums_size() * sizeof(double) + shifts.packed_size() * sizeof(T);
+    return shifts.sums_size() * sizeof(double) + (shifts.packed_size() + threads * shifts.tiles_size()) * sizeof(T);
 }
 
 template <class T>
@@ -163,7 +192,7 @@ void run(const Conv2dSecondMomentArgs& g, const ShiftPlans& plans, void* work, i
     if (!shifts.pack(packed, threads))
         *g.status = 1;
     else
-        shifts.run(packed, sums, threads);
+        shifts.run(packed, sums, packed + shifts.packed_size(), threads);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-constexpr Index kRunOfPositions = 512;  // summed in registers
+constexpr Index kRunOfPositions = 128;  // summed in registers
+constexpr Index kChunk = 512;           // positions added up before float64 takes over
 constexpr Index kSide = 4;
 
 inline Index larger(Index a, Index b) {
@@ -75,12 +76,14 @@ struct Unfolding {
     void add_block(Index group, Index i0, Index j0, const T* chunk, Index positions, bool first, double* sums) const {
         const Index i1 = smaller(i0 + kSide, panels), j1 = smaller(j0 + kSide, panels);
         for (Index e = 0; e < task_size(); ++e) sums[e] = 0;
-        for (Index k = 0; k < positions; k += kRunOfPositions)
+        for (Index k0 = 0; k0 < positions; k0 += kChunk)
             for (Index i = i0; i < i1; ++i)
                 for (Index j = larger(i, j0); j < j1; ++j) {
                     T tile[P * P] = {};
-                    add_tile<T, Product>(chunk + (i * positions + k) * P, chunk + (j * positions + k) * P,
-                                         straight(smaller(kRunOfPositions, positions - k), P, P), tile);
+                    const Index k1 = smaller(k0 + kChunk, positions);
+                    for (Index k = k0; k < k1; k += kRunOfPositions)
+                        add_tile<T, Product>(chunk + (i * positions + k) * P, chunk + (j * positions + k) * P,
+                                             straight(smaller(kRunOfPositions, k1 - k), P, P), tile);
                     double* sum = sums + ((i - i0) * kSide + j - j0) * P * P;
                     for (Index e = 0; e < P * P; ++e) sum[e] += double(tile[e]);
                 }
