@@ -28,7 +28,7 @@ class Execution:
     """
 
     def __init__(self, analysis: Analysis, network: nn.Module, batches: list[Batch]):
-        self.analysis, self.network = analysis, network
+        self.analysis, self.network, self.batches = analysis, network, batches
         self.original: dict[str, Chunks] = {}
         self.zipped: dict[str, Chunks] = {}
         self._changed: set[str] = set()
@@ -88,10 +88,12 @@ class Execution:
                 self.original.pop(arg.name, None)
                 self.zipped.pop(arg.name, None)
 
-    def evaluate(self, node: fx.Node, value: Chunks) -> Chunks:
-        """Value of a node with one tensor input, given that input's chunks, in the original network."""
-        source = next(arg.name for arg in node.all_input_nodes if arg.name not in self.analysis.exported.tensors)
-        return self._evaluate(node, {**self.original, source: value}, self.analysis.exported.network)
+    def call(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """What ``layer`` would put out for ``x`` with weight [r, d] and bias [r]."""
+        shape = layer.node.args[1].meta["val"].shape
+        args = [x, weight.to(x.dtype).view(shape), bias.to(x.dtype), *layer.node.args[3:]]
+        with torch.no_grad():
+            return layer.node.target(*args)
 
     def _evaluate(self, node: fx.Node, values: dict[str, Chunks], network: nn.Module) -> Chunks:
         exported = self.analysis.exported

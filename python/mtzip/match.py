@@ -22,8 +22,8 @@ import mtz_ext
 from .share import Run
 from .solve import JointSystem
 
-#: Ratios of the private scales that matching tries; negative ones would turn an activation around.
-RATIOS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.5, 4.0)
+#: Ratios of the private scales that matching tries, with either sign: the gain is flat between them.
+RATIOS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 
 
 @dataclass
@@ -171,21 +171,23 @@ def scale_free_difference(
     Args:
         system: joint system of two tasks.
         right: b_t of the two sides, [d_0, n] and [d_1, m].
-        ratios: scales of the second task to try, the first one's being 1.
+        ratios: scales of the second task to try, the first one's being 1; a neuron and its negative are the same to a
+            private scale, so each is tried with both signs.
     """
     b_first, b_second = (system.scatter(at, b) for at, b in enumerate(right))
+    both = torch.cat([b_first, b_second], 1)
+    count = b_first.shape[1]
     best = ratio = None
     for r in ratios:
-        factor = system.factor([1.0, r])
-        solved = factor.solve(torch.cat([b_first, b_second], 1))
-        x_first, x_second = solved[:, : b_first.shape[1]], solved[:, b_first.shape[1] :]
-        gain = (b_first * x_first).sum(0)[:, None] + r * r * (b_second * x_second).sum(0)
-        gain = gain.add_(b_first.T @ x_second, alpha=2 * r)
+        gains = system.factor([1.0, r]).gains(both)
+        own = gains.diagonal()[:count, None] + r * r * gains.diagonal()[count:]
+        across = 2 * r * gains[:count, count:]
+        gain, signed = own + across.abs(), r * torch.where(across < 0, -1.0, 1.0).to(own)
         if best is None:
-            best, ratio = gain, torch.full_like(gain, r)
+            best, ratio = gain, signed
         else:
             better = gain > best
-            best, ratio = torch.where(better, gain, best), torch.where(better, r, ratio)
+            best, ratio = torch.where(better, gain, best), torch.where(better, signed, ratio)
     alone = []
     for at, b in enumerate(right):
         side = system.sides[at]

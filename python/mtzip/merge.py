@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mtz_ext
@@ -13,7 +13,7 @@ from . import match
 from .columns import Unknown, unknown_columns
 from .match import Slots
 from .moments import Moment, Target, cross_moment
-from .norms import refit_norm_
+from .norms import refit_norm_, set_statistics_
 from .share import LEAVES, Layout, Run, SharedLayer, block_name, replace_module
 from .solve import JointSystem, Side, joint_rows
 from .trace.analysis import Analysis, Layer
@@ -33,6 +33,12 @@ class Part:
         bias: [r] float64, zeros without one.
         columns: runs of its columns, in units of weight dimension 1.
         damping: relative.
+        normalised: whether the task is weighted by its output variance.
+        weighting: [r] factor on a row's target and weight in a joint fit, so that rows that matter more to this task
+            count more; its private scale takes the factor away again. None for none.
+        fold: ([r], [r]) scale and shift of the BatchNorm that was folded into target, weight and bias; None for none.
+        order: [r] stored order of the rows, None as long as it is the network's own.
+        plain_target: the target before any activation-aware substitution, None as long as there was none.
     """
 
     task: int
@@ -44,6 +50,11 @@ class Part:
     bias: Tensor
     columns: tuple[Run, ...]
     damping: float
+    normalised: bool = True
+    weighting: Tensor | None = None
+    fold: tuple[Tensor, Tensor] | None = None
+    order: Tensor | None = None
+    plain_target: Target | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -51,8 +62,15 @@ class Part:
 
     @property
     def alpha(self) -> float:
-        """One over the mean variance of the target: makes tasks and layers comparable."""
-        variance = float(self.target.variance.mean())
+        """Weight of the task: one over the mean variance of the target, which makes tasks and layers comparable.
+
+        The method of the paper weighs tasks equally: its merged weight has one scale for all tasks, and a task of small
+        scale would else pull the others down to it.
+        """
+        if not self.normalised:
+            return 1.0
+        variances = self.target.variance
+        variance = float((variances if self.weighting is None else variances * self.weighting.square()).mean())
         return 1.0 / variance if variance > 0 else 1.0
 
     @property
@@ -60,18 +78,35 @@ class Part:
         """Columns per unit of a run."""
         return int(torch.tensor(self.layer.kernel).prod()) if self.layer.kernel else 1
 
-    def reorder_rows(self, order: Tensor) -> None:
-        """Brings rows and target into stored order."""
+    def reorder_rows(self, order: Tensor, weights: bool = True) -> None:
+        """Brings the target, and the weights unless they are, into stored order."""
         order = order.to(self.weight.device)
-        self.weight, self.bias = self.weight[order], self.bias[order]
+        if weights:
+            self.weight, self.bias = self.weight[order], self.bias[order]
         t = self.target
         cross = None if t.cross is None else t.cross[:, order]
         samples = None if t.samples is None else t.samples[:, order]
         self.target = Target(t.mean[order], t.variance[order], cross, samples)
+        self.weighting = None if self.weighting is None else self.weighting[order]
+        self.fold = None if self.fold is None else (self.fold[0][order], self.fold[1][order])
+        self.order = order
 
-    def old_cross(self, rows: Tensor) -> Tensor:
-        """Covariance of the input with what the old weights make of it, [d, r]."""
-        return self.moment.times(self.weight[rows])
+    def original_output(self, z: Tensor) -> Tensor:
+        """A chunk of the original layer's output in stored order, BatchNorm applied."""
+        channel = -1 if self.layer.kind == "linear" else 1
+        z = z if self.order is None else z.index_select(channel, self.order)
+        if self.fold is None:
+            return z
+        shape = [1] * z.dim()
+        shape[channel] = -1
+        scale, shift = (value.to(z.dtype).view(shape) for value in self.fold)
+        return z * scale + shift
+
+    def right_hand_side(self, side: Side, rows: Tensor, columns: Tensor, weighted: bool) -> Tensor:
+        """b of some rows over some columns, [d, r], the rows weighted by how much they matter if ``weighted``."""
+        cross = cross_moment(self.moment, self.target, rows)[columns]
+        right = side.right_hand_side(cross, self.weight[rows][:, columns])
+        return right * self.weighting[rows] if weighted and self.weighting is not None else right
 
 
 def build_system(parts: Mapping[int, Part], unknown: Unknown, moments: Mapping[int, Moment]) -> JointSystem:
@@ -108,8 +143,7 @@ def match_axis(parts: Mapping[int, Part], count: int, method: str, matching: str
         right = []
         for side, part in zip(system.sides, (a, b), strict=True):
             every = torch.arange(len(part.weight), device=part.weight.device)
-            columns = unknown.columns[part.task]
-            right.append(side.right_hand_side(cross_moment(part.moment, part.target, every)[columns], part.weight[:, columns]))
+            right.append(part.right_hand_side(side, every, unknown.columns[part.task], weighted=True))
         distances, ratio = match.scale_free_difference(system, right)
     else:
         unknown = unknown_columns({t: p.columns for t, p in parts.items()}, (first, second), a.inner, shared_only=True)
@@ -233,21 +267,20 @@ def _refit(parts, rows, unknown: Unknown, slots: Slots | None, affine: bool):
     members = sorted(parts)
     moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
     system = build_system(parts, unknown, moments)
-    right = []
-    for side, task in zip(system.sides, members, strict=True):
-        part, columns = parts[task], unknown.columns[task]
-        cross = cross_moment(part.moment, part.target, rows[task])[columns]
-        right.append(side.right_hand_side(cross, part.weight[rows[task]][:, columns]))
-    start = None
-    if affine and len(members) > 1:
-        start = [torch.ones_like(right[0][0]) if slots is None else slots.scale(t).to(right[0])[rows[t]] for t in members]
+    joint = affine and len(members) > 1
+    right = [
+        parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=joint)
+        for side, task in zip(system.sides, members, strict=True)
+    ]
+    start = [slots.scale(task).to(right[0])[rows[task]] for task in members] if joint else None
     theta, fitted = joint_rows(system, right, start)
-    scales = dict(zip(members, fitted, strict=True))
-    biases = {}
+    scales, biases = {}, {}
     for at, task in enumerate(members):
         part = parts[task]
-        own = system.gather(at, theta)
-        biases[task] = part.target.mean[rows[task]] - scales[task] * (part.moment.mean[unknown.columns[task]] @ own)
+        weighted = joint and part.weighting is not None
+        scales[task] = fitted[at] / part.weighting[rows[task]] if weighted else fitted[at]
+        mean = part.moment.mean[unknown.columns[task]] @ system.gather(at, theta)
+        biases[task] = part.target.mean[rows[task]] - scales[task] * mean
     return theta, scales, biases
 
 
@@ -293,6 +326,7 @@ def install_shared(
             return parameters[key]
 
         trainable = module.weight.requires_grad
+        own = assembled(row_runs, solved, task)
         for run in row_runs:
             unknown, theta, _ = solved[run.tasks]
             for tasks, where in unknown.blocks.items():
@@ -301,7 +335,7 @@ def install_shared(
                     value = lambda theta=theta, where=where, shape=shape: theta[where].T.reshape(shape)  # noqa: E731
                     blocks[block_name(run, Run(tasks, 0))] = parameter((run.tasks, tasks), value, trainable)
         if has_bias:
-            value = torch.cat([solved[run.tasks][2][task].bias for run in row_runs])
+            value = own.bias
             if part.layer.norm is not None:
                 value = torch.zeros_like(value)  # the BatchNorm behind takes any constant away
             start = 0
@@ -310,10 +344,16 @@ def install_shared(
                 blocks[name] = parameter(("bias", run.tasks), lambda piece=piece: piece, trainable)
                 start += run.size
         if scaled:
-            scale = torch.cat([solved[run.tasks][2][task].scale for run in row_runs])[:scaled]
+            scale = own.scale[:scaled]
             blocks["scale"] = parameter(("scale", task), lambda scale=scale: scale, trainable)
         leaf = leaf_class.wrap(module, layout, {name: blocks[name] for name in _names(layout)})
         set_network(task, replace_module(networks[task], module, leaf))
+
+
+def assembled(runs: Sequence[Run], solved: Mapping, task: int) -> Rows:
+    """All rows of a task in stored order."""
+    pieces = [solved[run.tasks][2][task] for run in runs]
+    return Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
 
 
 def merge_runs_of(runs: tuple[Run, ...]) -> tuple[Run, ...]:
@@ -336,32 +376,54 @@ def install_private(part: Part, network: nn.Module, solved: Rows) -> None:
             part.analysis.exported.tensor(part.layer.bias, network).copy_(solved.bias)
 
 
-def fit_following_norm(part: Part, network: nn.Module, rows: Rows, target: Target) -> None:
+def effective_rows(part: Part, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Weight [r, d] and bias [r] of what a layer puts out for its task, a BatchNorm behind it fitted and folded in.
+
+    Args:
+        part: the layer.
+        rows: its rows in stored order, as solved.
+    """
+    if part.layer.norm is None:
+        return rows.weight * rows.scale[:, None], rows.bias
+    slope, mean, _ = _norm_fit(part, rows)
+    return rows.weight * slope[:, None], part.target.mean - slope * mean
+
+
+def fit_following_norm(part: Part, network: nn.Module, rows: Rows, average: bool) -> None:
     """Statistics and affine of the BatchNorm behind a layer, from moments alone: no pass over the data.
 
     Args:
         part: the layer.
         network: the network being zipped.
         rows: all rows of the layer in stored order; their bias is not part of the output.
-        target: what the BatchNorm should output.
+        average: re-estimate the statistics only.
     """
-    mean = rows.weight @ part.moment.mean
-    variance = part.moment.variance(rows.weight)
-    every = torch.arange(len(rows.weight), device=rows.weight.device)
-    cross = cross_moment(part.moment, target, every)
-    slope = (rows.weight * cross.T).sum(1) / torch.where(variance > 0, variance, torch.ones_like(variance))
-    refit_norm_(part.analysis, part.layer.norm, network, mean, variance, slope, target.mean)
-
-
-def relative_error(part: Part, rows: Rows, with_norm: bool) -> float:
-    """Mean squared error of the rows' output relative to the variance of the target."""
-    every = torch.arange(len(rows.weight), device=rows.weight.device)
-    variance = part.moment.variance(rows.weight)
-    product = (rows.weight * cross_moment(part.moment, part.target, every).T).sum(1)
-    if with_norm:  # the BatchNorm's affine is the best scale
-        error = part.target.variance - product.square() / torch.where(variance > 0, variance, torch.ones_like(variance))
+    slope, mean, variance = _norm_fit(part, rows)
+    if average:
+        set_statistics_(part.analysis, part.layer.norm, network, mean, variance)
     else:
-        shift = rows.scale * (rows.weight @ part.moment.mean) + rows.bias - part.target.mean
-        error = rows.scale.square() * variance - 2 * rows.scale * product + part.target.variance + shift.square()
-    total = float(part.target.variance.sum())
+        refit_norm_(part.analysis, part.layer.norm, network, mean, variance, slope, part.target.mean)
+
+
+def _norm_fit(part: Part, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope of the target on the rows' output, and that output's mean and variance, [r] each."""
+    variance = part.moment.variance(rows.weight)
+    slope = _covariance_with_target(part, rows) / torch.where(variance > 0, variance, torch.ones_like(variance))
+    return slope, rows.weight @ part.moment.mean, variance
+
+
+def _covariance_with_target(part: Part, rows: Rows) -> Tensor:
+    every = torch.arange(len(rows.weight), device=rows.weight.device)
+    return (rows.weight * cross_moment(part.moment, part.target, every).T).sum(1)
+
+
+def relative_error(part: Part, rows: Rows) -> float:
+    """Mean squared error of a layer's output, BatchNorm included, relative to the variance of its target."""
+    target = part.target
+    weight, bias = effective_rows(part, rows)
+    variance = part.moment.variance(weight)
+    product = _covariance_with_target(part, Rows(weight, bias, bias))
+    shift = weight @ part.moment.mean + bias - target.mean
+    error = variance - 2 * product + target.variance + shift.square()
+    total = float(target.variance.sum())
     return max(float(error.sum()), 0.0) / total if total > 0 else 0.0

@@ -20,8 +20,14 @@ from torch import Tensor
 
 from .moments import Moment
 
-#: Relative damping: lambda = DAMPING * mean variance of the columns.
-DAMPING = 1e-3
+#: Relative damping, lambda over the mean variance of the columns: the more columns to a position the more, but no less
+#: than the floor. Measured on pairs of 784-300-100-10 networks: 0.1 is best for 1,000 images, 0.001 to 0.01 for 10,000.
+DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
+
+
+def automatic_damping(columns: int, positions: int) -> float:
+    """Relative damping for a moment of so many columns taken over so many positions."""
+    return min(0.1, max(DAMPING_FLOOR, DAMPING_PER_COLUMN * columns / positions))
 
 
 @dataclass
@@ -131,6 +137,13 @@ class Factor:
         """A matrix Y with Y^T Y = right^T (system)^-1 right: [size, r] to [k, r]. Feature space only."""
         return torch.linalg.solve_triangular(self._lower, right, upper=False)
 
+    def gains(self, right: Tensor) -> Tensor:
+        """right^T (system)^-1 right, [r, r]."""
+        if self._rows is not None:
+            return right.T @ self.solve(right)
+        half = self.half(right)
+        return half.T @ half
+
     def _factor_features(self, system: JointSystem, scales: list[float]) -> None:
         first = system.sides[0].moment.mean
         total = first.new_zeros(system.size, system.size)
@@ -185,35 +198,37 @@ def fit_scales(system: JointSystem, theta: Tensor, right: list[Tensor]) -> list[
 
 
 def joint_rows(
-    system: JointSystem,
-    right: list[Tensor],
-    scales: list[Tensor] | None = None,
-    sweeps: int = 3,
-    steps: int = 8,
+    system: JointSystem, right: list[Tensor], scales: list[Tensor] | None = None, sweeps: int = 0, steps: int = 3
 ) -> tuple[Tensor, list[Tensor]]:
-    """Shared rows and private scales by alternating least squares.
+    """Shared rows, and the private scales that fit them best.
+
+    Rows whose first scales are equal but for signs share one factorisation and one direct solve, so scales taken from a grid cost one
+    factorisation for each of its values. Sweeps alternate from there: scales from rows, rows from scales.
 
     Args:
         system: the joint system.
         right: b_t [d, r] of every side.
         scales: first scales [r] of every side; None fixes all scales to one.
-        sweeps: alternations of rows and scales.
+        sweeps: alternations of rows and scales by conjugate gradients.
         steps: conjugate gradient steps in each.
 
     Returns:
-        theta [size, r] and the scales. With one task, or with scales fixed, one direct solve.
+        theta [size, r] and the scales [r] of every side.
     """
     ones = [torch.ones(b.shape[1], dtype=b.dtype, device=b.device) for b in right]
     if scales is None or len(system.sides) == 1:
         factor = system.factor([1.0] * len(right))
         return factor.solve(sum(system.scatter(at, b) for at, b in enumerate(right))), ones
-    scales = _normalised(scales)
-    factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
-    theta = None
+    target = sum(system.scatter(at, b * scale) for at, (b, scale) in enumerate(zip(right, scales, strict=True)))
+    theta = torch.empty_like(target)
+    values, which = torch.unique(torch.stack(scales).abs(), dim=1, return_inverse=True)  # the matrix has squares only
+    for at, value in enumerate(values.T.tolist()):
+        rows = (which == at).nonzero().flatten()
+        theta[:, rows] = system.factor(value).solve(target[:, rows])
     for _ in range(sweeps):
-        theta = system.solve(right, scales, theta, factor, steps)
         scales = _normalised(fit_scales(system, theta, right))
-    theta = system.solve(right, scales, theta, factor, steps)
+        factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
+        theta = system.solve(right, scales, theta, factor, steps)
     return theta, fit_scales(system, theta, right)
 
 

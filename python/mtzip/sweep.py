@@ -17,15 +17,21 @@ from tqdm import tqdm
 from . import merge
 from .columns import column_runs
 from .execute import Execution
-from .match import Slots, merge_runs
+from .match import Slots
 from .merge import Part
 from .moments import View, collect
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .permute import permute_
+from .reconstruct import corrected, correction, enough, following
 from .report import AxisReport, LayerReport
+from .sensitivity import row_weighting
 from .share import Run
+from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
+
+#: Positions per column that an activation-aware substitution looks at: it corrects moments that are exact already.
+RECONSTRUCTION_POSITIONS = 20
 
 
 @dataclass
@@ -37,7 +43,8 @@ class Options:
         counts: axis name to the number of neurons to share.
         matching: "optimal" or "greedy".
         affine: private scale and shift per shared neuron where no BatchNorm follows (refit only).
-        damping: relative to the mean variance of a layer's columns.
+        damping: relative to the mean variance of a layer's columns; None chooses it by samples and columns.
+        reconstructions: activation-aware substitutions of the target (refit only).
         progress: show a bar.
     """
 
@@ -45,7 +52,8 @@ class Options:
     counts: Mapping[str, int]
     matching: str = "optimal"
     affine: bool = True
-    damping: float = 1e-3
+    damping: float | None = None
+    reconstructions: int = 3
     progress: bool = False
 
 
@@ -63,6 +71,7 @@ class Sweep:
     ):
         self.tasks, self.analyses, self.correspondence = tasks, analyses, correspondence
         self.executions, self.networks, self.options = executions, networks, options
+        self.sensitivities: list[dict[str, torch.Tensor]] = [{} for _ in tasks]
         self.slots: dict[int, Slots] = {}
         self.axes: list[AxisReport] = []
         self.layers: list[LayerReport] = []
@@ -146,6 +155,7 @@ class Sweep:
         return changed
 
     def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], fold: bool) -> Part:
+        """A layer's moments and weights; in stored row order if its axis is matched already."""
         execution, analysis = self.executions[task], self.analyses[task]
         view = View(layer.kind, layer.kernel, layer.settings)
         moment, target = collect(view, execution.inputs(layer), execution.original[layer.node.name])
@@ -154,20 +164,22 @@ class Sweep:
         bias = weight.new_zeros(len(weight))
         if layer.bias is not None:
             bias = analysis.exported.tensor(layer.bias, network).detach().double()
+        damping = self.options.damping or automatic_damping(len(moment.mean), moment.count)
+        part = Part(task, layer, analysis, moment, target, weight, bias, columns, damping)
+        part.normalised = self.options.method != "mtz"
+        sensitivity = self.sensitivities[task].get(layer.path)
         if fold and layer.norm is not None:
-            scale, shift = folded_affine(analysis, layer.norm)
-            order = self._stored_rows(task, layer)
-            target = target.scaled(scale, shift)
-            if order is not None:
-                scale, shift = scale[order], shift[order]
-            weight, bias = weight * scale[:, None], bias * scale + shift
-        return Part(task, layer, analysis, moment, target, weight, bias, columns, self.options.damping)
-
-    def _stored_rows(self, task: int, layer: Layer) -> torch.Tensor | None:
-        """Order of a layer's rows if its axis is matched already: weights are in it, originals' outputs are not."""
+            part.fold = folded_affine(analysis, layer.norm)
+            part.target = target.scaled(*part.fold)
+        if sensitivity is not None:
+            part.weighting = row_weighting(sensitivity.to(weight.device), None if part.fold is None else part.fold[0])
         axis = self._row_axis(task, layer)
-        slots = self.slots.get(id(axis)) if axis is not None else None
-        return None if slots is None or task not in axis.atoms else slots.order(task).to(layer_device(self, task))
+        if axis is not None and id(axis) in self.slots:
+            part.reorder_rows(self.slots[id(axis)].order(task), weights=False)
+        if part.fold is not None:  # both in the same order now
+            scale, shift = part.fold
+            part.weight, part.bias = weight * scale[:, None], bias * scale + shift
+        return part
 
     def _share(self, group: LayerGroup, axis: AxisGroup, members: dict[int, Layer], columns) -> None:
         options = self.options
@@ -177,32 +189,58 @@ class Sweep:
             self._match(axis, parts)
             for part in parts.values():
                 part.reorder_rows(self.slots[id(axis)].order(part.task))
-        else:
-            for task, part in parts.items():
-                order = self._stored_rows(task, part.layer)
-                weight, bias = part.weight, part.bias
-                part.reorder_rows(order)
-                part.weight, part.bias = weight, bias  # these are in stored order already
         slots = self.slots[id(axis)]
-        affine = options.method == "refit" and options.affine
         runs = {task: slots.runs(task, sorted(members)) for task in members}
+        solved = self._solve(parts, runs, slots)
+        if options.method == "refit":
+            for _ in range(options.reconstructions):
+                if not self._retarget(parts, runs, solved):
+                    break
+                solved = self._solve(parts, runs, slots)
+        before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
+        merge.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
+        report = LayerReport(group.name, before, 0)
+        for task, part in parts.items():
+            rows = merge.assembled(runs[task], solved, task)
+            if part.layer.norm is not None:
+                self._solved_norms.add((task, part.layer.norm.node.name))
+                merge.fit_following_norm(part, self.networks[task], rows, options.method == "average")
+            report.samples[self.tasks[task]] = part.moment.count
+            report.error[self.tasks[task]] = merge.relative_error(part, rows)
+            report.space = "sample" if part.moment.samples is not None else "feature"
+        report.damping = max(part.damping for part in parts.values())
+        report.after = _distinct_size(self.networks, members)
+        self.layers.append(report)
+
+    def _solve(self, parts: Mapping[int, Part], runs: Mapping[int, tuple[Run, ...]], slots: Slots):
+        """Rows of every set of tasks that stores some together."""
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
             rows = {task: _positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
-            solved[tasks] = merge.solve_rows(parts, rows, slots, options.method, affine)
-        before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
-        merge.install_shared(parts, self.networks, runs, solved, options.method == "refit" and affine, self._set_network)
-        report = LayerReport(group.name, before, 0)
+            solved[tasks] = merge.solve_rows(parts, rows, slots, self.options.method, self.options.affine)
+        return solved
+
+    def _retarget(self, parts: Mapping[int, Part], runs, solved) -> bool:
+        """Replaces the targets by activation-aware ones; False where no part has an activation that allows it.
+
+        For convolutions only: on fully connected layers it was measured not to pay beside weighted rows.
+        """
+        found = False
         for task, part in parts.items():
-            rows = _assembled(runs[task], solved, task)
-            if part.layer.norm is not None:
-                self._solve_norm(part, rows)
-            report.samples[self.tasks[task]] = part.moment.count
-            report.error[self.tasks[task]] = merge.relative_error(part, rows, part.layer.norm is not None and fold)
-            report.space = "sample" if part.moment.samples is not None else "feature"
-        report.damping = options.damping
-        report.after = _distinct_size(self.networks, members)
-        self.layers.append(report)
+            layer, execution = part.layer, self.executions[task]
+            follow = following(part.analysis, layer.node if layer.norm is None else layer.norm.node)
+            if not follow or layer.kind == "linear" or part.moment.samples is not None:
+                continue
+            found = True
+            view = View(layer.kind, layer.kernel, layer.settings)
+            inputs = enough(view, execution.inputs(layer), RECONSTRUCTION_POSITIONS)
+            weight, bias = merge.effective_rows(part, merge.assembled(runs[task], solved, task))
+            outputs = [execution.call(layer, x, weight, bias) for x in inputs]
+            targets = [part.original_output(z) for z in execution.original[layer.node.name][: len(inputs)]]
+            if part.plain_target is None:
+                part.plain_target = part.target
+            part.target = corrected(part.plain_target, part.moment, *correction(view, inputs, outputs, targets, follow))
+        return found
 
     def _match(self, axis: AxisGroup, parts: dict[int, Part]) -> None:
         count = self.options.counts[axis.name]
@@ -210,36 +248,23 @@ class Sweep:
         self.slots[id(axis)] = slots
         for task, part in parts.items():
             permute_(self.networks[task], part.analysis, {axis.atoms[task]: slots.order(task)})
-        energy = sum(len(part.weight) for part in parts.values()) / 2  # alpha makes the mean variance one
+        energy = sum(part.alpha * float(part.target.variance.sum()) for part in parts.values()) / 2
         width = min(axis.sizes.values())
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
-        report.difference = slots.difference / (energy * slots.shared / width) if slots.shared else 0.0
+        report.difference = slots.difference / (energy * slots.shared / width) if slots.shared and energy else 0.0
         if self.options.method == "average":
             report.difference = None
         self.axes.append(report)
 
-    def _solve_norm(self, part: Part, rows: merge.Rows) -> None:
-        task, norm = part.task, part.layer.norm
-        self._solved_norms.add((task, norm.node.name))
-        if self.options.method == "average":
-            mean, variance = rows.weight @ part.moment.mean, part.moment.variance(rows.weight)
-            set_statistics_(part.analysis, norm, self.networks[task], mean, variance)
-        else:
-            merge.fit_following_norm(part, self.networks[task], rows, part.target)
-
     def _refit_private(self, group: LayerGroup, task: int, layer: Layer, columns: tuple[Run, ...]) -> bool:
         """Refits a layer no other task shares, if what it reads has changed; says whether it was changed."""
-        execution = self.executions[task]
-        order = self._stored_rows(task, layer)
-        if not execution.input_changed(layer):
-            return order is not None
+        axis = self._row_axis(task, layer)
+        reordered = axis is not None and task in axis.atoms and id(axis) in self.slots
+        if not self.executions[task].input_changed(layer):
+            return reordered
         if self.options.method != "refit" or layer.calls > 1:
             return True
         part = self._part(task, layer, columns, fold=False)
-        if order is not None:
-            weight, bias = part.weight, part.bias
-            part.reorder_rows(order)
-            part.weight, part.bias = weight, bias
         part.columns = (Run((task,), sum(run.size for run in columns)),)
         if layer.bias is None and layer.norm is None:
             _about_zero(part)
@@ -248,7 +273,7 @@ class Sweep:
         merge.install_private(part, self.networks[task], solved[task])
         size = _layer_size(self.analyses[task], layer)
         name = self.tasks[task]
-        error = merge.relative_error(part, solved[task], with_norm=False)
+        error = merge.relative_error(part, solved[task])
         space = "sample" if part.moment.samples is not None else "feature"
         label = f"{layer.path} ({name})" if len(group.layers) > 1 else layer.path
         report = LayerReport(label, size, size, {name: part.moment.count}, part.damping, space, {name: error})
@@ -258,11 +283,6 @@ class Sweep:
     def _set_network(self, task: int, network: nn.Module) -> None:
         self.networks[task] = network
         self.executions[task].network = network
-
-
-def layer_device(sweep: Sweep, task: int) -> torch.device:
-    """Device of a task's tensors."""
-    return next(sweep.networks[task].parameters()).device
 
 
 def _about_zero(part: Part) -> None:
@@ -285,11 +305,6 @@ def _positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device
             parts.append(torch.arange(start, start + run.size, device=device))
         start += run.size
     return torch.cat(parts)
-
-
-def _assembled(runs: Sequence[Run], solved, task: int) -> merge.Rows:
-    pieces = [solved[run.tasks][2][task] for run in merge_runs(runs)]
-    return merge.Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
 
 
 def _layer_size(analysis: Analysis, layer: Layer) -> int:

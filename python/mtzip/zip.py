@@ -14,6 +14,7 @@ from .execute import Execution
 from .inputs import calibration_batches, device_of
 from .permute import verify_axes
 from .report import Private, Report
+from .sensitivity import sensitivities
 from .share import LEAVES, ZippedNetwork
 from .sweep import Options, Sweep
 from .trace.analysis import Analysis
@@ -32,7 +33,8 @@ def zip_networks(
     *,
     matching: str = "optimal",
     affine: bool = True,
-    damping: float = 1e-3,
+    damping: float | None = None,
+    reconstructions: int = 3,
     samples: int | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -54,7 +56,10 @@ def zip_networks(
             match, plain mean, BatchNorm re-estimated), a baseline.
         matching: "optimal" assignment or "greedy".
         affine: each task keeps a private scale and shift for every shared neuron that no BatchNorm follows.
-        damping: ridge of the second moments, relative to their mean diagonal.
+        damping: ridge of the second moments, relative to their mean diagonal; None chooses 0.1 times columns over
+            positions, at least 0.001.
+        reconstructions: how often the fit's target is adapted to the ReLU or max-pooling behind a layer (refit only);
+            each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
         progress: show a progress bar.
 
@@ -65,7 +70,7 @@ def zip_networks(
         TypeError, ValueError: an argument is not as described.
         ZipError: a network cannot be traced.
     """
-    _check(networks, inputs, share, method, matching, damping, samples)
+    _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
     clock = time.perf_counter()
     seconds: dict[str, float] = {}
     tasks = list(networks)
@@ -78,11 +83,13 @@ def zip_networks(
     clock = time.perf_counter()
     zipped = [copy.deepcopy(network) for network in networks.values()]
     options = Options(
-        method, _counts(share, correspondence.axes), matching, affine and method == "refit", damping, progress
+        method, _counts(share, correspondence.axes), matching, affine and method == "refit", damping, reconstructions, progress
     )
     executions = [Execution(analyses[t], zipped[t], _chunks(analyses[t], batches[name])) for t, name in enumerate(tasks)]
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
+        if method == "refit" and affine:
+            sweep.sensitivities = [sensitivities(analyses[t], executions[t].batches) for t in range(len(tasks))]
         sweep.run()
     seconds["zip"] = time.perf_counter() - clock
     report = Report(tuple(tasks), method, sweep.axes, sweep.layers, seconds=seconds)
@@ -127,7 +134,7 @@ def _counts(share: float | Mapping[str, float | int], axes: list[AxisGroup]) -> 
     return counts
 
 
-def _check(networks, inputs, share, method, matching, damping, samples) -> None:
+def _check(networks, inputs, share, method, matching, damping, reconstructions, samples) -> None:
     for name, value in (("networks", networks), ("inputs", inputs)):
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a mapping from task name to value, got {type(value).__name__}")
@@ -152,8 +159,10 @@ def _check(networks, inputs, share, method, matching, damping, samples) -> None:
             raise ValueError(f"share must be a fraction in [0, 1] or a mapping of fractions and counts, got {value!r}")
         if (isinstance(value, float) or not isinstance(share, Mapping)) and value > 1:
             raise ValueError(f"share must be a fraction in [0, 1], got {value!r}; counts are ints in a mapping")
-    if not damping > 0 or not torch.isfinite(torch.tensor(damping)):
-        raise ValueError(f"damping must be a positive number, got {damping!r}")
+    if damping is not None and not 0 < damping < float("inf"):
+        raise ValueError(f"damping must be a positive number or None, got {damping!r}")
+    if reconstructions < 0:
+        raise ValueError(f"reconstructions must be 0 or more, got {reconstructions!r}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples!r}")
     for task, network in networks.items():

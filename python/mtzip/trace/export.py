@@ -86,6 +86,7 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
             "Make its forward free of control flow that depends on values, or wrap it in a module whose forward takes "
             "tensors and returns tensors."
         ) from error
+    _functionalise(program.graph)
     tensors, constants, inputs = {}, {}, []
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
@@ -101,6 +102,24 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
         if node.name in inputs and isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int):
             fixed = value.shape[0] if value.shape[0] == size else fixed
     return Exported(task, network, program.graph, tensors, constants, inputs, example, fixed)
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Replaces in-place operators (``relu_``) by their twins, so that running the graph changes no value it still needs."""
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        name = node.target._schema.name.split("::")[-1]
+        twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+        twin = getattr(twin, node.target._overloadname, None)
+        if twin is None or not node.args:
+            continue
+        changed = node.args[0]
+        for user in list(changed.users):
+            if user is not node and order[user] > order[node]:
+                user.replace_input_with(changed, node)
+        node.target = twin
 
 
 def _example(batch: Batch) -> Batch:

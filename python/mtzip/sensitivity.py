@@ -1,0 +1,99 @@
+"""How much a network's outputs depend on each neuron, measured without labels.
+
+The sensitivity of a neuron is E[(d out / d z_i)^2] over samples and outputs: the diagonal of the Gauss-Newton matrix of
+the outputs with respect to its pre-activation. Rows are fitted more exactly where it is large. It is estimated with
+random signs, E_v[(d (v . out) / d z_i)^2], which needs one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .inputs import Batch
+from .trace.analysis import Analysis
+
+#: Least sensitivity relative to the layer's mean: a neuron that hardly matters today still keeps its place.
+FLOOR = 1e-2
+
+
+def sensitivities(analysis: Analysis, batches: list[Batch], samples: int = 256, probes: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Sensitivity of every row of every layer, [r] float64 with mean one; a layer no output depends on is left out.
+
+    Args:
+        analysis: of the original network.
+        batches: calibration chunks.
+        samples: how many of their samples to use.
+        probes: draws of the random signs, one backward pass each.
+        seed: of the random signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals: dict[str, Tensor] = {}
+    taken = 0
+    for batch in batches:
+        batch = batch.narrow(0, min(batch.size, samples - taken))
+        for path, gradient in _gradients(analysis, batch, generator, probes):
+            axis = -1 if analysis.layers[path].kind == "linear" else 1
+            squares = gradient.square().movedim(axis, -1).reshape(-1, gradient.shape[axis])
+            totals[path] = totals.get(path, 0) + squares.sum(0, dtype=torch.float64)
+        taken += batch.size
+        if taken >= samples:
+            break
+    result = {}
+    for path, total in totals.items():
+        if total.mean() > 0:
+            result[path] = total / total.mean()
+    return result
+
+
+def _gradients(analysis: Analysis, batch: Batch, generator: torch.Generator, probes: int) -> Iterator[tuple[str, Tensor]]:
+    """Path and gradient of the randomly signed outputs with respect to every layer's output, once a probe."""
+    exported = analysis.exported
+    layers = {layer.node.name: path for path, layer in analysis.layers.items() if layer.calls == 1}
+    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
+    values: dict[str, Any] = dict(zip(exported.inputs, leaves, strict=True))
+    values.update({name: exported.tensor(path) for name, path in exported.tensors.items()})
+    values.update(exported.constants)
+    marked: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
+    with torch.enable_grad():
+        for node in exported.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: values[arg.name])
+                value = node.target(*args, **kwargs)
+                if node.name in layers:
+                    value = value if value.requires_grad else value.detach().requires_grad_()
+                    marked[layers[node.name]] = value
+                values[node.name] = value
+            elif node.op == "output":
+                outputs = [values[arg.name] for arg in node.all_input_nodes]
+                outputs = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+    for probe in range(probes if outputs else 0):
+        signs = [torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1 for out in outputs]
+        gradients = torch.autograd.grad(
+            outputs, list(marked.values()), signs, retain_graph=probe < probes - 1, allow_unused=True
+        )
+        for path, gradient in zip(marked, gradients, strict=True):
+            if gradient is not None:
+                yield path, gradient
+
+
+def row_weighting(sensitivity: Tensor, scale: Tensor | None) -> Tensor:
+    """Factor [r] on the rows of a joint fit: the root of the sensitivity, of the layer's output after a folded BatchNorm.
+
+    Args:
+        sensitivity: of the layer's own output, [r].
+        scale: [r] of the folded BatchNorm, None for none.
+    """
+    if scale is not None:
+        alive = scale.square() > 0
+        sensitivity = torch.where(alive, sensitivity / torch.where(alive, scale.square(), 1), 0)
+    mean = sensitivity.mean()
+    if not mean > 0:
+        return torch.ones_like(sensitivity)
+    weights = (sensitivity / mean).clamp_min(FLOOR)
+    return (weights / weights.mean()).sqrt()
