@@ -48,7 +48,7 @@ class Options:
     """
 
     quick: bool = False
-    calibration: int = 1000
+    calibration: int = 10_000
     draws: int = 3
     csv: str | None = None
 
