@@ -1,12 +1,15 @@
-"""Multi-Task Zipping: several pretrained networks become one that stores their shared weights once.
+"""Multi-Task Zipping: several pretrained networks become one that stores their shared weights once::
 
-    zipped = mtzip.zip_networks({"a": net_a, "b": net_b}, {"a": inputs_a, "b": inputs_b})
-    mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
-    mtzip.save(zipped, "zipped.safetensors")
+zipped = mtzip.zip_networks({"a": net_a, "b": net_b}, {"a": inputs_a, "b": inputs_b})
+mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
+mtzip.save(zipped, "zipped.safetensors")
 """
 
 from .errors import ZipError
+from .report import Report
+from .retrain import retrain
+from .save import load, save
 from .share import ZippedNetwork
 from .zip import zip_networks
 
-__all__ = ["ZipError", "ZippedNetwork", "zip_networks"]
+__all__ = ["Report", "ZipError", "ZippedNetwork", "load", "retrain", "save", "zip_networks"]

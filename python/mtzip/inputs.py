@@ -1,18 +1,19 @@
 """Calibration inputs and training batches, brought to one form.
 
 A batch is what a user's loop gets from a loader: a tensor, ``(inputs, targets)``, or a dict of keyword arguments as
-Hugging Face collators make them (``labels`` is the target). Inputs that are themselves a tuple are positional arguments.
+Hugging Face collators make them (``labels`` is the target). Inputs that are a tuple are positional arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 #: Samples per chunk when the calibration set is one tensor: large enough for the products, small enough for the cache.
 CHUNK = 128
@@ -81,32 +82,44 @@ def as_batch(item: Any) -> Batch:
     )
 
 
+def whole(name: str, data: Any) -> Batch | None:
+    """A data set held in tensors as one :class:`Batch`; None for anything that gives batches.
+
+    Args:
+        name: of the argument, for messages.
+        data: a tensor [N, ...] of inputs, ``(inputs, targets)`` tensors as a tuple, or a dict of tensors.
+
+    Raises:
+        ValueError: inputs and targets of different lengths.
+    """
+    if isinstance(data, (Tensor, Mapping)):
+        return as_batch(data)
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        inputs, targets = data
+        if inputs.dim() and targets.dim() and len(inputs) != len(targets):
+            raise ValueError(
+                f"{name} must have as many targets as inputs, got {len(inputs)} inputs and "
+                f"{len(targets)} targets; two batches of inputs are given as a list"
+            )
+        return as_batch(data)
+    return None
+
+
 def calibration_batches(task: str, data: Any, samples: int | None, device: torch.device) -> list[Batch]:
     """Calibration inputs of a task as chunks on ``device``, targets dropped.
 
     Args:
         task: name, for messages.
-        data: a tensor [N, ...], an iterable of batches, or a DataLoader.
+        data: a tensor [N, ...], ``(inputs, targets)`` tensors as a tuple, a dict of tensors, an iterable of batches, a
+            DataLoader or a map-style Dataset.
         samples: take at most so many samples; None takes all.
         device: where the network lives.
 
     Raises:
         TypeError, ValueError: nothing iterable, no samples, or values that are not finite.
     """
-    if isinstance(data, Tensor):
-        whole = Batch((data,), {})
-        items: Iterable[Batch] = (whole.narrow(at, CHUNK) for at in range(0, len(data), CHUNK)) if data.dim() else ()
-    elif isinstance(data, Mapping):
-        whole = as_batch(data)
-        items = (whole.narrow(at, CHUNK) for at in range(0, whole.size, CHUNK))
-    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
-        items = map(as_batch, data)
-    else:
-        raise TypeError(
-            f"inputs[{task!r}] must be a tensor, an iterable of batches or a DataLoader, got {_describe(data)}"
-        )
     batches, taken = [], 0
-    for batch in items:
+    for batch in _chunks(task, data):
         size = batch.size
         if samples is not None and taken + size > samples:
             batch = batch.narrow(0, samples - taken)
@@ -120,6 +133,35 @@ def calibration_batches(task: str, data: Any, samples: int | None, device: torch
     if not batches:
         raise ValueError(f"inputs[{task!r}] must hold at least one sample, got none; a generator can be read only once")
     return batches
+
+
+def _chunks(task: str, data: Any) -> Iterator[Batch]:
+    """Batches of one task's calibration data; messages name the task."""
+    everything = whole(f"inputs[{task!r}]", data)
+    if (everything is None and not isinstance(data, (Dataset, Iterable))) or isinstance(data, (str, bytes)):
+        raise TypeError(
+            f"inputs[{task!r}] must be a tensor, an iterable of batches or a DataLoader, got {_describe(data)}"
+        )
+    items: Iterable[Any] = data
+    if everything is not None:
+        items = (everything.narrow(at, CHUNK) for at in range(0, _sized(task, everything).size, CHUNK))
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        items = DataLoader(data, CHUNK)
+    for item in items:
+        try:
+            batch = item if isinstance(item, Batch) else as_batch(item)
+        except TypeError as error:
+            raise TypeError(f"inputs[{task!r}]: {error}") from None
+        yield _sized(task, batch)
+
+
+def _sized(task: str, batch: Batch) -> Batch:
+    """The batch; one without a batch dimension is refused by the name of its task."""
+    try:
+        batch.size  # noqa: B018
+    except ValueError as error:
+        raise ValueError(f"inputs[{task!r}]: {error}") from None
+    return batch
 
 
 def _check_finite(task: str, batch: Batch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .inputs import Batch, as_batch
+from .inputs import Batch, as_batch, whole
 
 
 def loader_of(task: str, data: Any, batch_size: int) -> Iterable[Any]:
@@ -27,18 +27,9 @@ def loader_of(task: str, data: Any, batch_size: int) -> Iterable[Any]:
         TypeError: none of these.
         ValueError: inputs and targets of different lengths.
     """
-    if isinstance(data, Tensor):
-        return ShuffledBatches(task, as_batch(data), batch_size)
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        inputs, targets = data
-        if inputs.dim() and targets.dim() and len(inputs) != len(targets):
-            raise ValueError(
-                f"loaders[{task!r}] must have as many targets as inputs, got {len(inputs)} inputs and "
-                f"{len(targets)} targets; two batches of inputs are given as a list"
-            )
-        return ShuffledBatches(task, as_batch(data), batch_size)
-    if isinstance(data, Mapping):
-        return ShuffledBatches(task, as_batch(data), batch_size)
+    everything = whole(f"loaders[{task!r}]", data)
+    if everything is not None:
+        return ShuffledBatches(task, everything, batch_size)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size, shuffle=True, drop_last=len(data) > batch_size)
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):

@@ -121,7 +121,9 @@ def functional_difference(system: JointSystem, first: Tensor, second: Tensor) ->
     parallel = lower.half(q_first).T @ lower.half(q_second)
     parallel = (parallel + parallel.T) / 2
     floor = parallel.diagonal().mean() * 1e-12
-    factor, status = torch.linalg.cholesky_ex(parallel + torch.eye(len(parallel), dtype=parallel.dtype, device=parallel.device) * floor)
+    factor, status = torch.linalg.cholesky_ex(
+        parallel + torch.eye(len(parallel), dtype=parallel.dtype, device=parallel.device) * floor
+    )
     if int(status):
         values, vectors = torch.linalg.eigh(parallel)
         factor = vectors * values.clamp_min(0).sqrt()
@@ -165,8 +167,8 @@ def scale_free_difference(
 ) -> tuple[Tensor, Tensor]:
     """Functional difference [n, m] and best ratio [n, m] where each task keeps a private scale.
 
-    The error of a joint fit is a constant less its gain b^T (sum s_t^2 Q_t)^-1 b with b = sum s_t b_t, so the difference
-    is half of what the two neurons gain alone less what they gain together, at the best ratio of their scales.
+    The error of a joint fit is a constant less its gain b^T (sum s_t^2 Q_t)^-1 b with b = sum s_t b_t, so the
+    difference is half of what the two neurons gain alone less what they gain together, at the best ratio of scales.
 
     Args:
         system: joint system of two tasks.
@@ -191,6 +193,8 @@ def scale_free_difference(
     alone = []
     for at, b in enumerate(right):
         side = system.sides[at]
-        own = JointSystem([type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)], len(b))
+        own = JointSystem(
+            [type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)], len(b)
+        )
         alone.append((b * own.factor([1.0]).solve(b)).sum(0))
     return (alone[0][:, None] + alone[1] - best).clamp_min(0) / 2, ratio

@@ -146,7 +146,9 @@ class View:
             return x.reshape(-1, x.shape[-1])
         x, padding = self.prepare(x)
         x = F.pad(x, [amount for p in reversed(padding) for amount in (p, p)])
-        for at, (k, s, d) in enumerate(zip(self.kernel, self.settings["stride"], self.settings["dilation"], strict=True)):
+        for at, (k, s, d) in enumerate(
+            zip(self.kernel, self.settings["stride"], self.settings["dilation"], strict=True)
+        ):
             x = x.unfold(2 + at, d * (k - 1) + 1, s)[..., ::d]
         spatial = len(self.kernel)
         order = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
@@ -168,7 +170,8 @@ class View:
             )[0]
         if len(self.kernel) == 1:
             sizes = [(1, self.kernel[0])] + [
-                (neutral, value[0]) for neutral, value in ((1, self.settings["stride"]), (0, padding), (1, self.settings["dilation"]))
+                (neutral, value[0])
+                for neutral, value in ((1, self.settings["stride"]), (0, padding), (1, self.settings["dilation"]))
             ]
             return mtz_ext.conv2d_second_moment(x.unsqueeze(2), *sizes, 1)[0]
         rows = self.unfold(x)
@@ -191,7 +194,9 @@ class View:
         return self.unfold(x.sum(0, keepdim=True)).sum(0)
 
 
-def collect(view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None) -> tuple[Moment, Target | None]:
+def collect(
+    view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None
+) -> tuple[Moment, Target | None]:
     """Moments of a layer over calibration chunks; sample space where positions are fewer than columns.
 
     Args:

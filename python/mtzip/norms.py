@@ -50,7 +50,7 @@ def set_statistics_(analysis: Analysis, norm: Norm, network: nn.Module, mean: Te
 
 
 def channel_statistics(inputs: list[Tensor], targets: list[Tensor] | None = None):
-    """Mean and variance of every channel of chunks [N, C, ...], and the slope on and mean of a target. All [C] float64."""
+    """Mean and variance of every channel of chunks [N, C, ...], slope on and mean of a target. All [C] float64."""
 
     def rows(x: Tensor) -> Tensor:
         return x.movedim(1, -1).reshape(-1, x.shape[1])

@@ -21,7 +21,9 @@ from .trace.analysis import Analysis
 FLOOR = 1e-2
 
 
-def sensitivities(analysis: Analysis, batches: list[Batch], samples: int = 256, probes: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def sensitivities(
+    analysis: Analysis, batches: list[Batch], samples: int = 256, probes: int = 2, seed: int = 0
+) -> dict[str, Tensor]:
     """Sensitivity of every row of every layer, [r] float64 with mean one; a layer no output depends on is left out.
 
     Args:
@@ -50,7 +52,9 @@ def sensitivities(analysis: Analysis, batches: list[Batch], samples: int = 256, 
     return result
 
 
-def _gradients(analysis: Analysis, batch: Batch, generator: torch.Generator, probes: int) -> Iterator[tuple[str, Tensor]]:
+def _gradients(
+    analysis: Analysis, batch: Batch, generator: torch.Generator, probes: int
+) -> Iterator[tuple[str, Tensor]]:
     """Path and gradient of the randomly signed outputs with respect to every layer's output, once a probe."""
     exported = analysis.exported
     layers = {layer.node.name: path for path, layer in analysis.layers.items() if layer.calls == 1}
@@ -83,7 +87,7 @@ def _gradients(analysis: Analysis, batch: Batch, generator: torch.Generator, pro
 
 
 def row_weighting(sensitivity: Tensor, scale: Tensor | None) -> Tensor:
-    """Factor [r] on the rows of a joint fit: the root of the sensitivity, of the layer's output after a folded BatchNorm.
+    """Factor [r] on the rows of a joint fit: the root of the sensitivity, of the output after a folded BatchNorm.
 
     Args:
         sensitivity: of the layer's own output, [r].

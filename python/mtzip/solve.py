@@ -85,7 +85,9 @@ class JointSystem:
         """Factorises sum_t s_t^2 Q_t for one scale a task."""
         return Factor(self, scales)
 
-    def solve(self, right: list[Tensor], scales: list[Tensor], start: Tensor | None, factor: Factor, steps: int) -> Tensor:
+    def solve(
+        self, right: list[Tensor], scales: list[Tensor], start: Tensor | None, factor: Factor, steps: int
+    ) -> Tensor:
         """Rows for scales [r] that differ from row to row: preconditioned conjugate gradients on all rows at once.
 
         Args:
@@ -202,8 +204,8 @@ def joint_rows(
 ) -> tuple[Tensor, list[Tensor]]:
     """Shared rows, and the private scales that fit them best.
 
-    Rows whose first scales are equal but for signs share one factorisation and one direct solve, so scales taken from a grid cost one
-    factorisation for each of its values. Sweeps alternate from there: scales from rows, rows from scales.
+    Rows whose first scales are equal but for signs share one factorisation and one direct solve, so scales taken from a
+    grid cost one factorisation for each of its values. Sweeps alternate from there: scales from rows, rows from scales.
 
     Args:
         system: the joint system.

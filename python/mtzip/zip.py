@@ -83,9 +83,17 @@ def zip_networks(
     clock = time.perf_counter()
     zipped = [copy.deepcopy(network) for network in networks.values()]
     options = Options(
-        method, _counts(share, correspondence.axes), matching, affine and method == "refit", damping, reconstructions, progress
+        method,
+        _counts(share, correspondence.axes),
+        matching,
+        affine and method == "refit",
+        damping,
+        reconstructions,
+        progress,
     )
-    executions = [Execution(analyses[t], zipped[t], _chunks(analyses[t], batches[name])) for t, name in enumerate(tasks)]
+    executions = [
+        Execution(analyses[t], zipped[t], _chunks(analyses[t], batches[name])) for t, name in enumerate(tasks)
+    ]
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
         if method == "refit" and affine:
@@ -127,7 +135,8 @@ def _counts(share: float | Mapping[str, float | int], axes: list[AxisGroup]) -> 
     for axis in axes:
         wanted = share.get(axis.name, 0) if isinstance(share, Mapping) else share
         width = min(axis.sizes.values())
-        count = round(wanted * width) if isinstance(wanted, float) else wanted * width if not isinstance(share, Mapping) else wanted
+        is_count = isinstance(share, Mapping) and isinstance(wanted, int)
+        count = wanted if is_count else round(wanted * width)
         if not 0 <= count <= width:
             raise ValueError(f"share[{axis.name!r}] must be at most its smaller width {width}, got {wanted}")
         counts[axis.name] = int(count)

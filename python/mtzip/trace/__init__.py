@@ -1,1 +1,1 @@
-"""What can be shared: the graph of each network, its axes, and which layer of one network answers to which of another."""
+"""What can be shared: the graph of each network, its axes, and which layer of one answers to which of another."""

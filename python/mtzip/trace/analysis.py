@@ -155,10 +155,22 @@ class Analysis:
         path, _, name = weight.rpartition(".")
         out = self.axes.new(rows)
         layer = Layer(
-            path, node, rules.name_of(node), weight, bias, reads, out, tuple(self.shape(weight_node)[2:]), _settings(node)
+            path,
+            node,
+            rules.name_of(node),
+            weight,
+            bias,
+            reads,
+            out,
+            tuple(self.shape(weight_node)[2:]),
+            _settings(node),
         )
         module = self.exported.network.get_submodule(path)
-        if type(module) not in self._leaf_classes or name != "weight" or (bias is not None and bias != _dot(path, "bias")):
+        if (
+            type(module) not in self._leaf_classes
+            or name != "weight"
+            or (bias is not None and bias != _dot(path, "bias"))
+        ):
             layer.private = f"its module is {type(module).__name__}, for which there is no leaf class"
             layer.path = weight
         self.axes[out[0].atom].writers.append(layer.path)

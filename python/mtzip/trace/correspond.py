@@ -110,7 +110,9 @@ def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
 
 def _sources(node: fx.Node, analysis: Analysis, of_node: Mapping[str, int]) -> list[int]:
     """Keys of the tensors a node reads, sizes and parameters left out."""
-    return [of_node[arg.name] for arg in node.all_input_nodes if arg.name in of_node and analysis.shape(arg) is not None]
+    return [
+        of_node[arg.name] for arg in node.all_input_nodes if arg.name in of_node and analysis.shape(arg) is not None
+    ]
 
 
 def _ordered(groups: list[LayerGroup], analyses, notes) -> list[LayerGroup]:
@@ -170,7 +172,9 @@ def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list
             else:
                 reason = "its axis is tied to another axis than in the other networks"
                 notes.append((task, Note(group.layers[task].path, reason)))
-        axis.writers.append(LayerGroup(group.name, {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]}))
+        axis.writers.append(
+            LayerGroup(group.name, {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]})
+        )
     return [axis for axis in found if len(axis.atoms) > 1]
 
 

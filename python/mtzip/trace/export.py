@@ -105,7 +105,7 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
 
 
 def _functionalise(graph: fx.Graph) -> None:
-    """Replaces in-place operators (``relu_``) by their twins, so that running the graph changes no value it still needs."""
+    """Replaces in-place operators (``relu_``) by their twins: running the graph changes no value it still needs."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
