@@ -45,7 +45,7 @@ class Execution:
 
     @property
     def chunk_count(self) -> int:
-        return len(next(iter(self.original.values())))
+        return len(self.batches)
 
     def is_changed(self, node: fx.Node) -> bool:
         """True if the zipped network's value at ``node`` differs from the original's."""

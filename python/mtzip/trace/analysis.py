@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Layer:
         settings: stride, padding, dilation of a convolution.
         norm: the BatchNorm that alone reads its output, None without one.
         private: why its rows cannot be stored in blocks; None where they can.
-        calls: how often the graph calls it.
+        calls: how often the graph reads its weight.
     """
 
     path: str
@@ -44,6 +45,11 @@ class Layer:
     norm: Norm | None = None
     private: str | None = None
     calls: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its path; of its weight where it is the whole network."""
+        return self.path or self.weight
 
 
 @dataclass
@@ -124,6 +130,13 @@ class Analysis:
         """Fixes the order of ``dim`` because of what ``node`` does."""
         self.axes.pin(dim, f"{rules.name_of(node)} ({node.name}) {what}")
 
+    def note(self, node: fx.Node, reason: str) -> None:
+        """Notes that the layer called by ``node`` stays private."""
+        weight = self.exported.tensors.get(node.args[1].name)
+        name = node.name if weight is None else weight.removesuffix(".weight")
+        if not any(note.name == name for note in self.notes):
+            self.notes.append(Note(name, reason))
+
     def add_norm(self, node: fx.Node) -> None:
         """Records a BatchNorm call with stored statistics."""
         weight, bias, mean, variance = (
@@ -138,6 +151,7 @@ class Analysis:
         bias_node = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         rows = self.shape(weight_node)[0]
         if not self.is_parameter(weight_node):
+            self.note(node, "its weight is computed, not stored")
             self.axes.pin(reads, f"{node.name} reads it with a computed weight")
             return self.axes.new(rows, pinned=f"written by {node.name} with a computed weight")
         weight = self.exported.tensors[weight_node.name]
@@ -194,8 +208,17 @@ class Analysis:
         elif node.op == "call_function" and self.shape(node) is not None:
             rule = rules.find(node)
             self._dims[node.name] = self._unknown(node) if rule is None else list(rule(self, node))
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
+            self._several(node)
         elif node.op == "call_function" and not isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt)):
             self._unknown(node)
+
+    def _several(self, node: fx.Node) -> None:
+        """An operator with several outputs: the rule for it says what all of them look like."""
+        rule = rules.find(node)
+        dims = self._unknown(node) if rule is None else list(rule(self, node))
+        for user in node.users if rule is not None else ():  # getitem
+            self._dims[user.name] = dims
 
     def _input(self, node: fx.Node) -> list[Dim]:
         shape = self.shape(node)
@@ -207,26 +230,32 @@ class Analysis:
 
     def _unknown(self, node: fx.Node) -> list[Dim]:
         name = rules.name_of(node)
-        touched = False
+        reads = False
         for arg in node.all_input_nodes:
+            reads |= arg.name in self._dims
             for dim in self._dims.get(arg.name, ()):
-                touched |= self.axes.is_free(dim)
                 self.axes.pin(dim, f"operator {name} ({node.name}) has no rule")
             if self.is_parameter(arg):
                 for dim in self.uses.get(self.exported.tensors[arg.name], {}).values():
                     self.axes.pin(dim, f"operator {name} ({node.name}) has no rule")
-        self.notes.append(Note(name, f"operator without a rule ({node.name})"))
+        if reads:  # one that reads no activation makes a constant
+            self.notes.append(Note(name, f"operator without a rule ({node.name})"))
         return [None] * len(self.shape(node) or ())
 
     def _finish(self) -> None:
+        reads = Counter(self.exported.tensors.get(a.name) for n in self.exported.graph.nodes for a in n.all_input_nodes)
+        for norm in [norm for norm in self.norms if reads[norm.mean] > 1]:
+            self.norms.remove(norm)  # it cannot be fitted to several inputs
+            note = Note(norm.mean.rpartition(".")[0], "it is called several times and keeps its statistics")
+            self.notes += [note] if note not in self.notes else []
         by_input = {norm.node.args[0].name: norm for norm in self.norms}
         for layer in self.layers.values():
             norm = by_input.get(layer.node.name)
             if norm is not None and len(layer.node.users) == 1:
                 layer.norm = norm
-            weight_node = layer.node.args[1]
-            if len(weight_node.users) > layer.calls:
+            if reads[layer.weight] > layer.calls:
                 layer.private = layer.private or "its weight is also used elsewhere"
+                layer.calls = reads[layer.weight]
 
 
 def _settings(node: fx.Node) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from .analysis import Analysis, Layer, Note
 from .axes import Dim
 
 
+#: Operators whose operands may change places: ``x + f(x)`` is ``f(x) + x``.
+_SYMMETRIC = ("add", "mul", "maximum", "minimum")
+
+
 @dataclass
 class LayerGroup:
     """Layers of several tasks that answer to each other: task index to layer."""
@@ -68,7 +72,7 @@ def correspond(analyses: Sequence[Analysis]) -> Correspondence:
         groups.append(LayerGroup(_name(members), members))
         if len(members) == 1 and len(analyses) > 1:
             task, layer = next(iter(members.items()))
-            notes.append((task, Note(layer.path, "no layer of the other networks answers to it")))
+            notes.append((task, Note(layer.name, "no layer of the other networks answers to it")))
     groups = _ordered(groups, analyses, notes)
     axes = _axes(groups, analyses, notes)
     for task, analysis in enumerate(analyses):
@@ -77,7 +81,7 @@ def correspond(analyses: Sequence[Analysis]) -> Correspondence:
 
 
 def _name(members: Mapping[int, Layer]) -> str:
-    return members[min(members)].path
+    return members[min(members)].name
 
 
 def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
@@ -104,7 +108,9 @@ def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
         elif len(set(sources)) == 1:
             of_node[node.name] = sources[0]
         elif sources:
-            of_node[node.name] = number((rules.name_of(node).rstrip("_"), tuple(sources)))
+            name = rules.name_of(node).rstrip("_")
+            ordered = sorted(sources) if name in _SYMMETRIC else sources
+            of_node[node.name] = number((name, tuple(ordered)))
     return result
 
 
@@ -131,8 +137,8 @@ def _ordered(groups: list[LayerGroup], analyses, notes) -> list[LayerGroup]:
                 kept[task] = layer
                 last[task] = position[task][layer.path]
             else:
-                notes.append((task, Note(layer.path, "its network calls the layers in another order")))
-                result.append(LayerGroup(layer.path, {task: layer}))
+                notes.append((task, Note(layer.name, "its network calls the layers in another order")))
+                result.append(LayerGroup(layer.name, {task: layer}))
         if kept:
             result.append(LayerGroup(_name(kept), kept))
     return result
@@ -150,16 +156,20 @@ def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list
         usable = {}
         for task, atom in atoms.items():
             reason = analyses[task].axes[atom].pinned or group.layers[task].private
+            first = analyses[task].axes[atom].writers[0]
+            if reason is None and (task, atom) not in owner and first != group.layers[task].path:
+                # Merging would reorder an axis that layers have read already.
+                reason = f"{first} writes the same axis before it and cannot be shared"
             if reason is None:
                 usable[task] = atom
             else:
-                notes.append((task, Note(group.layers[task].path, reason)))
+                notes.append((task, Note(group.layers[task].name, reason)))
         known = [owner[key] for key in usable.items() if key in owner]
         axis = known[0] if known else None
         if axis is None:
             if len(usable) < 2:
                 for task in usable:
-                    notes.append((task, Note(group.layers[task].path, "its counterpart cannot be shared")))
+                    notes.append((task, Note(group.layers[task].name, "its counterpart cannot be shared")))
                 continue
             axis = AxisGroup(group.name, {}, {}, [])
             found.append(axis)
@@ -171,7 +181,7 @@ def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list
                 owner[task, atom] = axis
             else:
                 reason = "its axis is tied to another axis than in the other networks"
-                notes.append((task, Note(group.layers[task].path, reason)))
+                notes.append((task, Note(group.layers[task].name, reason)))
         axis.writers.append(
             LayerGroup(group.name, {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]})
         )

@@ -26,7 +26,7 @@ class Exported:
         network: a frozen evaluation copy of the user's network.
         graph: the flat ATen graph.
         tensors: placeholder name to path of the parameter or buffer it stands for.
-        constants: placeholder name to a tensor the graph holds by itself.
+        constants: node name to what the graph holds by itself: tensors, and graphs it calls.
         inputs: placeholder names of the network's inputs, in the order of the flattened (args, kwargs).
         example: the batch it was traced with.
         fixed_batch: batch size the graph insists on, None if any will do.
@@ -96,6 +96,9 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
             inputs.append(name)
         else:
             constants[name] = program.constants.get(spec.target)
+    for node in program.graph.nodes:  # the graphs that higher-order operators call, as torch.no_grad() leaves them
+        if node.op == "get_attr":
+            constants[node.name] = getattr(program.graph_module, node.target)
     fixed = None
     for node in program.graph.nodes:
         value = node.meta.get("val")

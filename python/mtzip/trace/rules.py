@@ -159,8 +159,10 @@ def conv(analysis: Analysis, node: fx.Node) -> list[Dim]:
         for parameter in node.args[1:3]:
             if parameter is not None:
                 analysis.use(parameter, 0, dims[1])
+        analysis.note(node, "a depthwise convolution is not shared")
         return [dims[0], dims[1], *rest]
-    analysis.pin(dims[1], node, "a grouped convolution fixes its order")
+    analysis.pin(dims[1], node, "is a grouped convolution and fixes its order")
+    analysis.note(node, "a grouped convolution is not shared")
     return [dims[0], analysis.axes.new(out_channels, pinned=f"written by grouped convolution {node.name}"), *rest]
 
 
@@ -170,7 +172,6 @@ def conv(analysis: Analysis, node: fx.Node) -> list[Dim]:
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d")
 @rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest2d", "upsample_bilinear2d")
-@rule("max_pool2d_with_indices")
 def pool(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """Channel by channel; spatial dimensions carry no axis."""
     dims = analysis.dims(node.args[0])
@@ -182,11 +183,24 @@ def reduce(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """Reducing a dimension does not depend on its order."""
     dims = analysis.dims(node.args[0])
     which = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if which is None or which == []:
+    if which is None or which == [] or isinstance(which, bool):  # var(x, unbiased) reduces everything
         return [None] * len(analysis.shape(node))
     which = {at % len(dims) for at in ([which] if isinstance(which, int) else which)}
     keep = len(analysis.shape(node)) == len(dims)
     return [None if at in which else dim for at, dim in enumerate(dims) if keep or at not in which]
+
+
+@rule("max", "min")
+def extreme(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """Of everything, along one dimension (values and indices), or of two tensors."""
+    if len(node.args) < 2:
+        return [None] * len(analysis.shape(node))
+    if isinstance(node.args[1], fx.Node):
+        return pointwise(analysis, node)
+    dims = analysis.dims(node.args[0])
+    at = node.args[1] % len(dims)
+    keep = len(node.args) > 2 and node.args[2]
+    return [*dims[:at], *([None] if keep else []), *dims[at + 1 :]]
 
 
 @rule("constant_pad_nd", "pad")
@@ -308,6 +322,23 @@ def cut(analysis: Analysis, node: fx.Node) -> list[Dim]:
         analysis.pin(dims[at], node, "slices it")
         dims[at] = None
     return dims
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unbind")
+def split(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """Pieces of a spatial dimension; pieces of an axis fix its order."""
+    dims = list(analysis.dims(node.args[0]))
+    unbind = name_of(node) == "unbind"
+    at = 1 if unbind else 2
+    at = (node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)) % len(dims)
+    analysis.pin(dims[at], node, "splits it")
+    return [*dims[:at], *([] if unbind else [None]), *dims[at + 1 :]]
+
+
+@rule("getitem")
+def item(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """One output of an operator with several: found when that was visited."""
+    return analysis.dims(node)
 
 
 @rule("cat", "concat", "concatenate")
