@@ -16,7 +16,6 @@ from . import rules
 from .analysis import Analysis, Layer, Note
 from .axes import Dim
 
-
 #: Operators whose operands may change places: ``x + f(x)`` is ``f(x) + x``.
 _SYMMETRIC = ("add", "mul", "maximum", "minimum")
 

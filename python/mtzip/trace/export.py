@@ -102,9 +102,14 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
     fixed = None
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.name in inputs and isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int):
-            fixed = value.shape[0] if value.shape[0] == size else fixed
+        if node.name in inputs and isinstance(value, Tensor) and value.dim():
+            fixed = size if _constant(value.shape[0]) == size else fixed
     return Exported(task, network, program.graph, tensors, constants, inputs, example, fixed)
+
+
+def _constant(size: int | torch.SymInt) -> int | None:
+    """The number a size is bound to, None for one that is free."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _functionalise(graph: fx.Graph) -> None:

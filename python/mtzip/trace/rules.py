@@ -52,13 +52,31 @@ def find(node: fx.Node) -> Rule | None:
 # -- element-wise --------------------------------------------------------------------------------------------------
 
 
-@rule("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "detach", "alias", "to", "_to_copy")
+@rule(
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "to",
+    "_to_copy",
+)
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "celu", "selu", "lift_fresh_copy")
 @rule("hardswish_", "relu_", "silu_", "leaky_relu_", "hardtanh_", "elu_", "sigmoid_", "tanh_", "relu6", "relu6_")
+@rule("hardswish", "zeros_like", "ones_like", "full_like", "empty_like")
 @rule("celu_", "selu_", "hardsigmoid_", "mish_", "threshold_", "rrelu", "log_sigmoid", "softplus", "hardtanh")
 def same_shape(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """Output ordered as the first input."""
     return analysis.dims(node.args[0])
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def constant(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """Takes the type of its input and none of its values."""
+    return [None] * len(analysis.shape(node))
 
 
 def pointwise(analysis: Analysis, node: fx.Node) -> list[Dim]:
