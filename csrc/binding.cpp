@@ -83,6 +83,12 @@ mtz::NeuronDistancesArgs neuron_distances(int in, int out_scalar, Int batch, Int
             matrices(a, a0, a1, a2), matrices(b, b0, b1, b2), pointer(out)};
 }
 
+mtz::ProjectionArgs projection(int in, Int batch, Int n, Int d, Int r,  //
+                               Address a, Int a0, Int a1, Int a2, Address factor, Int f0, Int f1, Int f2, Address out) {
+    return {mtz::Scalar(in),     batch, n, d, r, matrices(a, a0, a1, a2), matrices(factor, f0, f1, f2),
+            pointer<double>(out)};
+}
+
 mtz::ShermanMorrisonArgs sherman_morrison(int scalar, int vector_scalar, Int batch, Int d, Int k,     //
                                           Address inverse, Int inverse0, Int inverse1,                //
                                           Address vectors, Int vectors0, Int vectors1, Int vectors2,  //
@@ -159,6 +165,7 @@ PYBIND11_MODULE(_mtz_ext, m) {
             throw std::invalid_argument(std::string("use_isa: ") + name + " is not available on this CPU");
     });
     op("neuron_distances", MTZ_BACKENDS(neuron_distances), neuron_distances).bind(m);
+    op("projection", mtz::cpu::projection_workspace, mtz::cpu::projection, nullptr, nullptr, projection).bind(m);
     op("sherman_morrison", MTZ_BACKENDS(sherman_morrison), sherman_morrison).bind(m);
     op("match_neurons", MTZ_BACKENDS(match_neurons), match_neurons).bind(m);
     op("conv2d_second_moment", MTZ_BACKENDS(conv2d_second_moment), conv2d_second_moment).bind(m);

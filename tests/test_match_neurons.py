@@ -150,7 +150,7 @@ def test_optimal_needs_finite_costs():
     [
         ((torch.ones(3, 4), 4), ValueError, r"count must be from 0 to min\(n, m\) = 3 .*got 4"),
         ((torch.ones(3, 4), -1), ValueError, r"count must be .* got -1"),
-        ((torch.ones(3, 4), 2, "best"), ValueError, r"method must be one of optimal, greedy, got 'best'"),
+        ((torch.ones(3, 4), 2, "best"), ValueError, r"method must be one of greedy, optimal, got 'best'"),
         ((torch.ones(3),), ValueError, r"distances must have at least 2 dimensions"),
         ((torch.ones(3, 4).int(),), TypeError, r"distances must be float32 or float64, got int32"),
         (([[1.0]],), TypeError, r"distances must be a torch.Tensor, got list"),

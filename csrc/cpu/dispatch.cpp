@@ -79,6 +79,11 @@ std::size_t neuron_distances_workspace(const NeuronDistancesArgs& args,
     neuron_distances(const NeuronDistancesArgs& args, void* workspace,
                      int threads){MTZ_DISPATCH(neuron_distances(args, workspace, threads))}
 
+std::size_t projection_workspace(const ProjectionArgs& args,
+                                 int threads){MTZ_DISPATCH(projection_workspace(args, threads))} Status
+    projection(const ProjectionArgs& args, void* workspace,
+               int threads){MTZ_DISPATCH(projection(args, workspace, threads))}
+
 std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs& args,
                                        int threads){MTZ_DISPATCH(sherman_morrison_workspace(args, threads))} Status
     sherman_morrison(const ShermanMorrisonArgs& args, void* workspace, int threads) {

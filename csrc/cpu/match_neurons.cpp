@@ -1,59 +1,135 @@
-#include "mtz/match_neurons.h"
+#include "cpu/match_neurons.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/isa/kernels.h"
 
 namespace mtz::cpu {
 namespace {
 
+using Index = std::int64_t;
+
+std::size_t round_up(std::size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+// Pairs of all min(n, m) rows, and a contiguous copy of the costs if their columns are not.
+std::size_t pairs_bytes(const MatchNeuronsArgs& g) {
+    return round_up(std::size_t(2 * std::min(g.n, g.m)) * sizeof(Index));
+}
+
+std::size_t copy_bytes(const MatchNeuronsArgs& g) {
+    return g.distances.column_stride == 1 ? 0 : round_up(std::size_t(g.n * g.m) * scalar_size(g.scalar));
+}
+
+// `threads` that work on one matrix.
+std::size_t slot_bytes(const MatchNeuronsArgs& g, int threads) {
+    const std::size_t method =
+        g.method == MatchMethod::greedy ? greedy_workspace(g, threads) : optimal_workspace(g.n, g.m);
+    return pairs_bytes(g) + copy_bytes(g) + round_up(method);
+}
+
+// With a matrix for every thread the matrices are shared out, otherwise the rows of one.
+bool share_matrices(const MatchNeuronsArgs& g, int threads) {
+    return g.batch >= threads || g.method == MatchMethod::optimal;
+}
+
+// NaN if x cannot be used. For sums of costs and potentials float64 needs some room above them.
 template <class T>
-void greedy(const MatchNeuronsArgs& g, std::int64_t p, std::uint32_t* order) {
-    const T* data = static_cast<const T*>(g.distances.data) + p * g.distances.batch_stride;
-    std::int64_t* pairs = g.pairs + p * g.count * 2;
-    const auto cost = [&](std::int64_t e) {
-        return data[e / g.m * g.distances.row_stride + e % g.m * g.distances.column_stride];
-    };
-    for (std::int64_t e = 0; e < g.n * g.m; ++e) {
-        if (std::isnan(cost(e))) {
-            g.status[p] = e;
-            std::fill(pairs, pairs + 2 * g.count, -1);
-            return;
+T unusable(T x, bool finite) {
+    if (!finite) return x;
+    const double large = sizeof(T) == 8 ? double(x) * 1e9 : double(x);
+    return T(large - large);
+}
+
+template <class T>
+Index first_unusable(const Costs<T>& costs, bool finite) {
+    for (Index i = 0; i < costs.n; ++i) {
+        bool bad = false;
+        for (Index j = 0; j < costs.m; ++j) {
+            const T x = unusable(costs.at(i, j), finite);
+            bad |= x != x;
         }
-        order[e] = std::uint32_t(e);
+        for (Index j = 0; bad; ++j) {
+            const T x = unusable(costs.at(i, j), finite);
+            if (x != x) return i * costs.m + j;
+        }
     }
-    g.status[p] = -1;
-    std::sort(order, order + g.n * g.m,
-              [&](std::uint32_t e, std::uint32_t f) { return cost(e) < cost(f) || (cost(e) == cost(f) && e < f); });
-    std::vector<char> row(g.n), column(g.m);
-    std::int64_t found = 0;
-    for (std::int64_t e = 0; found < g.count; ++e) {
-        const std::int64_t i = order[e] / g.m, j = order[e] % g.m;
-        if (row[i] || column[j]) continue;
-        row[i] = column[j] = 1;
-        pairs[2 * found] = i;
-        pairs[2 * found + 1] = j;
-        ++found;
+    return -1;
+}
+
+template <class T>
+void match_one(const MatchNeuronsArgs& g, Index p, char* slot, int threads) {
+    Index* found = reinterpret_cast<Index*>(slot);
+    T* copy = reinterpret_cast<T*>(slot + pairs_bytes(g));
+    char* work = slot + pairs_bytes(g) + copy_bytes(g);
+    const T* data = static_cast<const T*>(g.distances.data) + p * g.distances.batch_stride;
+    Costs<T> costs{data, g.n, g.m, g.distances.row_stride};
+    if (g.distances.column_stride != 1) {
+        for (Index i = 0; i < g.n; ++i)
+            for (Index j = 0; j < g.m; ++j)
+                copy[i * g.m + j] = data[i * g.distances.row_stride + j * g.distances.column_stride];
+        costs = {copy, g.n, g.m, g.m};
     }
+
+    Index* pairs = g.pairs + p * g.count * 2;
+    g.status[p] = first_unusable(costs, g.method == MatchMethod::optimal);
+    if (g.status[p] >= 0) {
+        std::fill(pairs, pairs + 2 * g.count, -1);
+        return;
+    }
+    Index size = std::min(g.n, g.m);
+    if (g.method == MatchMethod::greedy) {
+        match_greedily(costs, work, threads, found);
+    } else {
+        size = g.count;
+        match_optimally(costs, g.count, work, found);
+    }
+    struct Pair {
+        Index i, j;
+    };
+    Pair* all = reinterpret_cast<Pair*>(found);
+    std::sort(all, all + size, [&](const Pair& x, const Pair& y) {
+        const T cx = costs.at(x.i, x.j), cy = costs.at(y.i, y.j);
+        return cx < cy || (cx == cy && (x.i < y.i || (x.i == y.i && x.j < y.j)));
+    });
+    std::copy(found, found + 2 * g.count, pairs);
+}
+
+template <class T>
+void run(const MatchNeuronsArgs& g, char* workspace, int threads) {
+    if (!share_matrices(g, threads)) {
+        for (Index p = 0; p < g.batch; ++p) match_one<T>(g, p, workspace, threads);
+        return;
+    }
+    const std::size_t slot = slot_bytes(g, 1);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t)
+        for (Index p = t; p < g.batch; p += threads) match_one<T>(g, p, workspace + t * slot, 1);
 }
 
 }  // namespace
 
-std::size_t match_neurons_workspace(const MatchNeuronsArgs& g, int) {
-    return sizeof(std::uint32_t) * g.n * g.m;
+std::size_t optimal_workspace(Index n, Index m) {
+    MTZ_DISPATCH(optimal_workspace(n, m))
 }
 
-Status match_neurons(const MatchNeuronsArgs& g, void* workspace, int) {
-    if (g.method != MatchMethod::greedy) return {Code::unsupported};
-    for (std::int64_t p = 0; p < g.batch; ++p) {
-        if (g.scalar == Scalar::float32)
-            greedy<float>(g, p, static_cast<std::uint32_t*>(workspace));
-        else if (g.scalar == Scalar::float64)
-            greedy<double>(g, p, static_cast<std::uint32_t*>(workspace));
-        else
-            return {Code::unsupported};
-    }
+template <class T>
+void match_optimally(Costs<T> costs, Index count, void* work,
+                     Index* pairs){MTZ_DISPATCH(match_optimally(costs, count, work, pairs))}
+
+std::size_t match_neurons_workspace(const MatchNeuronsArgs& g, int threads) {
+    return share_matrices(g, threads) ? slot_bytes(g, 1) * std::min<Index>(threads, g.batch) : slot_bytes(g, threads);
+}
+
+Status match_neurons(const MatchNeuronsArgs& g, void* workspace, int threads) {
+    if (g.scalar == Scalar::float32)
+        run<float>(g, static_cast<char*>(workspace), threads);
+    else if (g.scalar == Scalar::float64)
+        run<double>(g, static_cast<char*>(workspace), threads);
+    else
+        return {Code::unsupported};
     return {};
 }
 

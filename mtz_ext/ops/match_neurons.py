@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from mtz_ext import _checks, _native
@@ -10,7 +9,7 @@ from mtz_ext._library import register
 
 _NAME = "match_neurons"
 _DTYPES = (torch.float32, torch.float64)
-_METHODS = ("optimal", "greedy")
+_METHODS = ("greedy", "optimal")  # in the order of mtz::MatchMethod
 
 
 def match_neurons(distances: torch.Tensor, count: int | None = None, method: str = "optimal") -> torch.Tensor:
@@ -23,9 +22,9 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
     count : int, optional
         Number of pairs, at most min(n, m); all min(n, m) by default.
     method : "optimal" or "greedy"
-        "optimal": the `count` pairs of least total cost. That is not the cheapest `count` pairs of a full assignment, which
-        is worse than greedy. "greedy": take the cheapest pair that is still free, again and again (the choice of He, Zhou,
-        Thiele 2018, algorithm 1); faster.
+        "optimal": the `count` pairs of least total cost, exactly, at any size. That is not the cheapest `count` pairs of a
+        full assignment, which is worse than greedy. "greedy": take the cheapest pair that is still free, again and again
+        (as He, Zhou, Thiele 2018 do); faster.
 
     Returns
     -------
@@ -61,53 +60,31 @@ def _implementation(distances: torch.Tensor, count: int, method: str) -> torch.T
     _check(distances, count, method)
     batch = list(distances.shape[:-2])
     costs = _checks.as_batch(distances.detach(), batch, 2)
-    if method == "optimal":
-        return _optimal(costs.cpu(), count, batch).to(distances.device)
-    pairs = torch.empty(*batch, count, 2, dtype=torch.int64, device=distances.device)
-    status = torch.empty(costs.shape[0], dtype=torch.int64, device=distances.device)
+    if method == "optimal" and costs.device.type != "cpu":
+        costs = costs.cpu()  # shortest paths are one long chain of dependent steps: nothing for a GPU
+    pairs = torch.empty(*batch, count, 2, dtype=torch.int64, device=costs.device)
+    status = torch.empty(costs.shape[0], dtype=torch.int64, device=costs.device)
     _native.call(
         _NAME,
         costs,
-        *(_native.scalar(costs), 0, *costs.shape, count),
+        *(_native.scalar(costs), _METHODS.index(method), *costs.shape, count),
         *(costs.data_ptr(), *costs.stride(), pairs.data_ptr(), status.data_ptr()),
     )
     bad = (status >= 0).nonzero()
     if len(bad):
-        _raise_for(costs, batch, int(bad[0]), int(status[bad[0]]))
-    return pairs
+        matrix = int(bad[0])
+        _raise_for(costs[matrix], batch, matrix, int(status[matrix]), method)
+    return pairs.to(distances.device)
 
 
-def _optimal(costs: torch.Tensor, count: int, batch: list[int]) -> torch.Tensor:
-    from scipy.optimize import linear_sum_assignment
-
-    n, m = costs.shape[1:]
-    pairs = torch.empty(costs.shape[0], count, 2, dtype=torch.int64)
-    for p, matrix in enumerate(costs.numpy()):
-        if not np.isfinite(matrix).all():
-            _raise_for(costs, batch, p, int((~np.isfinite(matrix)).argmax()))
-        if not count:
-            continue
-        matrix = matrix.astype(np.float64)
-        matrix -= matrix.min()
-        # m - count dummy rows leave columns free, n - count dummy columns leave rows free; dummy with dummy is forbidden
-        square = np.zeros((n + m - count, n + m - count))
-        square[:n, :m] = matrix
-        square[n:, m:] = (matrix.max() + 1) * (2 * count + 1)
-        rows, columns = linear_sum_assignment(square)
-        keep = (rows < n) & (columns < m)
-        rows, columns = rows[keep], columns[keep]
-        order = np.lexsort((columns, rows, matrix[rows, columns]))
-        pairs[p, :, 0] = torch.from_numpy(rows[order])
-        pairs[p, :, 1] = torch.from_numpy(columns[order])
-    return pairs.view(*batch, count, 2)
-
-
-def _raise_for(costs: torch.Tensor, batch: list[int], matrix: int, flat: int) -> None:
-    n, m = costs.shape[1:]
+def _raise_for(costs: torch.Tensor, batch: list[int], matrix: int, flat: int, method: str) -> None:
+    """ValueError for element `flat` of matrix number `matrix`."""
     lead = [int(i) for i in torch.unravel_index(torch.tensor(matrix), batch)] if batch else []
-    value = float(costs[matrix, flat // m, flat % m])
+    row, column = divmod(flat, costs.shape[1])
+    wanted = "finite" if method == "optimal" else "numbers or Inf"
     raise ValueError(
-        f"{_NAME}: distances must be {'' if value != value else 'finite'}, got {value} at {lead + [flat // m, flat % m]}"
+        f"{_NAME}: distances must be {wanted}, got {float(costs[row, column])} at {[*lead, row, column]}; "
+        "look for NaN or Inf in the weights or the factor they were computed from"
     )
 
 

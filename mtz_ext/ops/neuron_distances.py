@@ -75,18 +75,35 @@ def _result_dtype(a: torch.Tensor) -> torch.dtype:
 def _implementation(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
     batch = _shape(a, b, factor)
     out = torch.empty(*batch, a.shape[-2], b.shape[-2], dtype=_result_dtype(a), device=a.device)
+    if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
+        a, b, factor = a.float(), b.float(), None if factor is None else factor.float()
     if factor is not None:
-        # in float64: rows 1e-4 apart projected in float32 keep two digits, a projection rounded to float32 three
-        factor = factor.detach().double()
-        a, b = a.detach().double() @ factor, b.detach().double() @ factor
-    elif a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
+        a, b = _project("a", a, factor), _project("b", b, factor)
     a, b = _checks.as_batch(a, batch, 2), _checks.as_batch(b, batch, 2)
     _native.call(
         _NAME,
         a,
         *(_native.scalar(a), _native.scalar(out), *a.shape[:2], *b.shape[1:]),
         *(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr()),
+    )
+    return out
+
+
+def _project(name: str, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """[..., n, d], [..., d, r] -> [..., n, r], in float64.
+
+    Rows 1e-4 apart that are projected in float32 keep two digits, and three if the projection is rounded to it.
+    """
+    if x.device.type != "cpu":
+        return x.detach().double() @ factor.detach().double()
+    batch = _checks.broadcast_batch(_NAME, **{name: (x, 2), "factor": (factor, 2)})
+    x, factor = _checks.as_batch(x, batch, 2), _checks.as_batch(factor, batch, 2)
+    out = torch.empty(*batch, x.shape[1], factor.shape[2], dtype=torch.float64)
+    _native.call(
+        "projection",
+        x,
+        *(_native.scalar(x), *x.shape, factor.shape[2]),
+        *(x.data_ptr(), *x.stride(), factor.data_ptr(), *factor.stride(), out.data_ptr()),
     )
     return out
 

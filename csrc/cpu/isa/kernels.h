@@ -3,6 +3,7 @@
 // copy for all instruction sets, possibly one the CPU cannot run.
 #pragma once
 
+#include "cpu/match_neurons.h"
 #include "mtz/conv2d_second_moment.h"
 #include "mtz/neuron_distances.h"
 #include "mtz/sherman_morrison.h"
@@ -31,12 +32,17 @@ struct ShiftPlans {
     namespace mtz::cpu::isa {                                                                             \
     std::size_t neuron_distances_workspace(const NeuronDistancesArgs&, int);                              \
     Status neuron_distances(const NeuronDistancesArgs&, void*, int);                                      \
+    std::size_t projection_workspace(const ProjectionArgs&, int);                                         \
+    Status projection(const ProjectionArgs&, void*, int);                                                 \
     std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs&, int);                              \
     Status sherman_morrison(const ShermanMorrisonArgs&, void*, int);                                      \
     std::size_t second_moment_by_shifts_workspace(const Conv2dSecondMomentArgs&, const ShiftPlans&, int); \
     Status second_moment_by_shifts(const Conv2dSecondMomentArgs&, const ShiftPlans&, void*, int);         \
     std::size_t second_moment_by_unfolding_workspace(const Conv2dSecondMomentArgs&, int);                 \
     Status second_moment_by_unfolding(const Conv2dSecondMomentArgs&, void*, int);                         \
+    std::size_t optimal_workspace(std::int64_t n, std::int64_t m);                                        \
+    void match_optimally(Costs<float>, std::int64_t count, void*, std::int64_t* pairs);                   \
+    void match_optimally(Costs<double>, std::int64_t count, void*, std::int64_t* pairs);                  \
     }
 
 MTZ_DECLARE(generic)

@@ -8,30 +8,48 @@
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-template <class T, class Out>
-void run(const NeuronDistancesArgs& g, T* workspace, int threads) {
-    const Blocks blocks = choose_blocks<T>(g.batch, g.n, g.m, threads);
-    const Index per_matrix = blocks.down * blocks.across, tasks = g.batch * per_matrix;
+// out[p, i, j] = scale * sum_k op(a[p, i, k], b[p, j, k]) in T, all blocks of all matrices shared out to the threads.
+template <class Op, class In, class T, class Out>
+void all_pairs(Index batch, Index n, Index m, Index d, const Matrices& a, const Matrices& b, T scale, Out* out,
+               T* workspace, int threads) {
+    const Blocks blocks = choose_blocks<T>(batch, n, m, threads);
+    const Index per_matrix = blocks.down * blocks.across, tasks = batch * per_matrix;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (Index task = 0; task < tasks; ++task) {
         const Index p = task / per_matrix, i = task % per_matrix / blocks.across * blocks.rows;
         const Index j = task % blocks.across * blocks.columns;
-        block_of_rows<Difference>(
-            static_cast<const T*>(g.a.data) + p * g.a.batch_stride + i * g.a.row_stride, g.a.row_stride,
-            g.a.column_stride, static_cast<const T*>(g.b.data) + p * g.b.batch_stride + j * g.b.row_stride,
-            g.b.row_stride, g.b.column_stride, smaller(blocks.rows, g.n - i), smaller(blocks.columns, g.m - j), g.d,
-            T(0.5), static_cast<Out*>(g.out) + (p * g.n + i) * g.m + j, g.m, blocks,
-            workspace + thread_number() * block_workspace<T>(blocks));
+        const In* from_a = static_cast<const In*>(a.data) + p * a.batch_stride + i * a.row_stride;
+        const In* from_b = static_cast<const In*>(b.data) + p * b.batch_stride + j * b.row_stride;
+        block_of_rows<Op>(from_a, a.row_stride, a.column_stride, from_b, b.row_stride, b.column_stride,
+                          smaller(blocks.rows, n - i), smaller(blocks.columns, m - j), d, scale,
+                          out + (p * n + i) * m + j, m, blocks,
+                          workspace + thread_number() * block_workspace<T>(blocks));
     }
+}
+
+template <class T>
+std::size_t pairs_workspace(Index batch, Index n, Index m, int threads) {
+    if (batch * n * m == 0) return 0;
+    return sizeof(T) * threads * block_workspace<T>(choose_blocks<T>(batch, n, m, threads));
+}
+
+template <class T, class Out>
+void distances(const NeuronDistancesArgs& g, void* workspace, int threads) {
+    all_pairs<Difference, T>(g.batch, g.n, g.m, g.d, g.a, g.b, T(0.5), static_cast<Out*>(g.out),
+                             static_cast<T*>(workspace), threads);
+}
+
+template <class In>
+void project(const ProjectionArgs& g, void* workspace, int threads) {
+    const Matrices columns{g.factor.data, g.factor.batch_stride, g.factor.column_stride, g.factor.row_stride};
+    all_pairs<Product, In>(g.batch, g.n, g.r, g.d, g.a, columns, 1.0, g.out, static_cast<double*>(workspace), threads);
 }
 
 }  // namespace
 
 std::size_t neuron_distances_workspace(const NeuronDistancesArgs& g, int threads) {
-    if (g.batch * g.n * g.m == 0) return 0;
-    return g.in == Scalar::float64
-               ? sizeof(double) * threads * block_workspace<double>(choose_blocks<double>(g.batch, g.n, g.m, threads))
-               : sizeof(float) * threads * block_workspace<float>(choose_blocks<float>(g.batch, g.n, g.m, threads));
+    return g.in == Scalar::float64 ? pairs_workspace<double>(g.batch, g.n, g.m, threads)
+                                   : pairs_workspace<float>(g.batch, g.n, g.m, threads);
 }
 
 Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, int threads) {
@@ -39,11 +57,25 @@ Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, int threa
     if (!doubles && (g.in != Scalar::float32 || to_doubles)) return {Code::unsupported};
     if (g.batch * g.n * g.m == 0) return {};
     if (!doubles)
-        run<float, float>(g, static_cast<float*>(workspace), threads);
+        distances<float, float>(g, workspace, threads);
     else if (to_doubles)
-        run<double, double>(g, static_cast<double*>(workspace), threads);
+        distances<double, double>(g, workspace, threads);
     else
-        run<double, float>(g, static_cast<double*>(workspace), threads);
+        distances<double, float>(g, workspace, threads);
+    return {};
+}
+
+std::size_t projection_workspace(const ProjectionArgs& g, int threads) {
+    return pairs_workspace<double>(g.batch, g.n, g.r, threads);
+}
+
+Status projection(const ProjectionArgs& g, void* workspace, int threads) {
+    if (g.in != Scalar::float32 && g.in != Scalar::float64) return {Code::unsupported};
+    if (g.batch * g.n * g.r == 0) return {};
+    if (g.in == Scalar::float32)
+        project<float>(g, workspace, threads);
+    else
+        project<double>(g, workspace, threads);
     return {};
 }
 

@@ -30,7 +30,21 @@ struct NeuronDistancesArgs {
     void* out;   // [batch, n, m], contiguous
 };
 
+// out[p, i, q] = sum_k a[p, i, k] * factor[p, k, q] in float64, for float32 or float64 inputs: what a caller with a factor
+// does first. On the CPU only: torch's product there may give other bits on another number of threads; its CUDA product
+// does not depend on them.
+struct ProjectionArgs {
+    Scalar in;
+    std::int64_t batch, n, d, r;
+    Matrices a;       // [batch, n, d]
+    Matrices factor;  // [batch, d, r]
+    double* out;      // [batch, n, r], contiguous
+};
+
 namespace cpu {
+std::size_t projection_workspace(const ProjectionArgs& args, int threads);
+Status projection(const ProjectionArgs& args, void* workspace, int threads);
+
 std::size_t neuron_distances_workspace(const NeuronDistancesArgs& args, int threads);
 Status neuron_distances(const NeuronDistancesArgs& args, void* workspace, int threads);
 }  // namespace cpu
