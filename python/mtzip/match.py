@@ -23,7 +23,7 @@ from .share import Run
 from .solve import JointSystem
 
 #: Ratios of the private scales that matching tries, with either sign: the gain is flat between them.
-RATIOS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+RATIOS = (0.35, 0.6, 1.0, 1.7, 3.0)
 
 
 @dataclass
@@ -116,7 +116,7 @@ def functional_difference(system: JointSystem, first: Tensor, second: Tensor) ->
     if system.in_sample_space:
         return _difference_in_sample_space(system, first, second)
     q_first, q_second = (_dense(side) for side in system.sides)
-    lower = system.factor([1.0, 1.0])
+    lower = system.factor([1.0, 1.0], exact=True)
     # M = Q_A S^-1 Q_B as a product of half solves; symmetric up to rounding.
     parallel = lower.half(q_first).T @ lower.half(q_second)
     parallel = (parallel + parallel.T) / 2

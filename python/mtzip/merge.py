@@ -18,6 +18,10 @@ from .share import LEAVES, Layout, Run, SharedLayer, block_name, replace_module
 from .solve import JointSystem, Side, joint_rows
 from .trace.analysis import Analysis, Layer
 
+#: Alternations of rows and scales beyond the grid of ratios, for fully connected layers: they pay where no BatchNorm or
+#: activation-aware substitution follows.
+SCALE_SWEEPS = 2
+
 
 @dataclass
 class Part:
@@ -69,7 +73,7 @@ class Part:
         """
         if not self.normalised:
             return 1.0
-        variances = self.target.variance
+        variances = (self.plain_target or self.target).variance
         variance = float((variances if self.weighting is None else variances * self.weighting.square()).mean())
         return 1.0 / variance if variance > 0 else 1.0
 
@@ -109,6 +113,25 @@ class Part:
         return right * self.weighting[rows] if weighted and self.weighting is not None else right
 
 
+class Systems:
+    """The joint systems of one group of layers, by the tasks that share: matching and every solve use the same."""
+
+    def __init__(self, parts: Mapping[int, Part]):
+        self.parts = parts
+        self._known: dict[tuple[int, ...], tuple[Unknown, JointSystem]] = {}
+
+    def of(self, members: Sequence[int]) -> tuple[Unknown, JointSystem]:
+        """Layout of the unknown and system of rows that ``members`` store together."""
+        key = tuple(members)
+        if key not in self._known:
+            parts = {task: self.parts[task] for task in key}
+            runs = {task: part.columns for task, part in parts.items()}
+            unknown = unknown_columns(runs, key, parts[key[0]].inner)
+            moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
+            self._known[key] = unknown, build_system(parts, unknown, moments)
+        return self._known[key]
+
+
 def build_system(parts: Mapping[int, Part], unknown: Unknown, moments: Mapping[int, Moment]) -> JointSystem:
     """The joint system of some parts over the columns of ``unknown``; ``moments`` are those of its columns."""
     sides = []
@@ -123,23 +146,22 @@ def build_system(parts: Mapping[int, Part], unknown: Unknown, moments: Mapping[i
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
-def match_axis(parts: Mapping[int, Part], count: int, method: str, matching: str) -> Slots:
+def match_axis(systems: Systems, count: int, method: str, matching: str) -> Slots:
     """Matches the rows of two tasks' layers and keeps ``count`` pairs.
 
     Args:
-        parts: task index to part, two of them, rows in the networks' own order.
+        systems: of two parts, rows in the networks' own order.
         count: pairs.
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
     """
+    parts = systems.parts
     first, second = sorted(parts)
     a, b = parts[first], parts[second]
     sizes = (len(a.weight), len(b.weight))
     ratio = None
-    unknown = unknown_columns({t: p.columns for t, p in parts.items()}, (first, second), a.inner)
     if method == "refit":
-        moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
-        system = build_system(parts, unknown, moments)
+        unknown, system = systems.of((first, second))
         right = []
         for side, part in zip(system.sides, (a, b), strict=True):
             every = torch.arange(len(part.weight), device=part.weight.device)
@@ -194,12 +216,12 @@ class Rows:
 
 
 def solve_rows(
-    parts: Mapping[int, Part], rows: Mapping[int, Tensor], slots: Slots | None, method: str, affine: bool
+    systems: Systems, rows: Mapping[int, Tensor], slots: Slots | None, method: str, affine: bool
 ) -> tuple[Unknown, Tensor, dict[int, Rows]]:
     """Solves for rows that the tasks of ``rows`` store together (one task: private rows).
 
     Args:
-        parts: task index to part, rows in stored order.
+        systems: of parts with rows in stored order.
         rows: task index to the positions of these rows, all of the same length.
         slots: how the axis is stored, for the scales matching found.
         method: "average", "mtz" or "refit".
@@ -209,10 +231,8 @@ def solve_rows(
         The unknown's layout, theta [unknown.size, r], and the rows each task ends with.
     """
     members = sorted(rows)
-    parts = {task: parts[task] for task in members}
-    inner = parts[members[0]].inner
-    runs = {task: part.columns for task, part in parts.items()}
-    unknown = unknown_columns(runs, members, inner)
+    parts = {task: systems.parts[task] for task in members}
+    unknown, system = systems.of(members)
     if method == "average":
         theta, bias = _average(parts, rows, unknown)
         scales = {task: torch.ones_like(bias) for task in members}
@@ -222,7 +242,7 @@ def solve_rows(
         scales = {task: torch.ones_like(bias) for task in members}
         biases = {task: bias for task in members}
     else:
-        theta, scales, biases = _refit(parts, rows, unknown, slots, affine)
+        theta, scales, biases = _refit(parts, rows, unknown, system, slots, affine)
     solved = {}
     for task in members:
         full = theta.new_zeros(parts[task].weight.shape[1], theta.shape[1])
@@ -262,18 +282,16 @@ def _merge_closed_form(parts, rows, unknown: Unknown) -> tuple[Tensor, Tensor]:
     return theta, merged[-1] if system.size > shared.size else bias
 
 
-def _refit(parts, rows, unknown: Unknown, slots: Slots | None, affine: bool):
+def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | None, affine: bool):
     """Joint least squares onto the originals' outputs, private scale by alternation, private shift from the means."""
     members = sorted(parts)
-    moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
-    system = build_system(parts, unknown, moments)
     joint = affine and len(members) > 1
     right = [
         parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=joint)
         for side, task in zip(system.sides, members, strict=True)
     ]
     start = [slots.scale(task).to(right[0])[rows[task]] for task in members] if joint else None
-    theta, fitted = joint_rows(system, right, start)
+    theta, fitted = joint_rows(system, right, start, sweeps=SCALE_SWEEPS if parts[members[0]].layer.kind == "linear" else 0)
     scales, biases = {}, {}
     for at, task in enumerate(members):
         part = parts[task]
@@ -420,10 +438,13 @@ def _covariance_with_target(part: Part, rows: Rows) -> Tensor:
 def relative_error(part: Part, rows: Rows) -> float:
     """Mean squared error of a layer's output, BatchNorm included, relative to the variance of its target."""
     target = part.target
-    weight, bias = effective_rows(part, rows)
-    variance = part.moment.variance(weight)
-    product = _covariance_with_target(part, Rows(weight, bias, bias))
-    shift = weight @ part.moment.mean + bias - target.mean
-    error = variance - 2 * product + target.variance + shift.square()
+    variance, product = part.moment.variance(rows.weight), _covariance_with_target(part, rows)
+    mean = rows.weight @ part.moment.mean
+    scale, shift = rows.scale, rows.bias
+    if part.layer.norm is not None:
+        scale = product / torch.where(variance > 0, variance, torch.ones_like(variance))
+        shift = target.mean - scale * mean
+    offset = scale * mean + shift - target.mean
+    error = scale.square() * variance - 2 * scale * product + target.variance + offset.square()
     total = float(target.variance.sum())
     return max(float(error.sum()), 0.0) / total if total > 0 else 0.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .moments import Moment, Target, View, _at_least_float32
+from .moments import Moment, Target, View, at_least_float32
 from .trace import rules
 from .trace.analysis import Analysis
 
@@ -60,16 +60,6 @@ def _window(node: fx.Node, dimensions: int) -> tuple[int, ...] | None:
     return kernel if plain and not (len(node.args) > 5 and node.args[5]) else None
 
 
-def enough(view: View, inputs: list[Tensor], per_column: int) -> list[Tensor]:
-    """The first chunks that hold ``per_column`` positions for every column, all if there are fewer."""
-    wanted, taken = per_column * view.columns(inputs[0]), 0
-    for at, x in enumerate(inputs):
-        taken += view.positions(x)
-        if taken >= wanted:
-            return inputs[: at + 1]
-    return inputs
-
-
 def substitute(y: Tensor, z: Tensor, follow: Follow) -> Tensor:
     """Targets for a layer whose output is now ``y`` and was ``z`` in the original, both [N, C, ...] or [..., C]."""
     passes = torch.ones_like(z, dtype=torch.bool)
@@ -107,7 +97,7 @@ def correction(
     """
     count, cross, mean, square = 0, 0, 0, 0
     for x, y, z in zip(inputs, outputs, targets, strict=True):
-        x, y, z = (_at_least_float32(value) for value in (x, y, z))
+        x, y, z = (at_least_float32(value) for value in (x, y, z))
         t = substitute(y, z, follow)
         change = t - z
         count += view.positions(x)

@@ -19,19 +19,19 @@ from .columns import column_runs
 from .execute import Execution
 from .match import Slots
 from .merge import Part
-from .moments import View, collect
+from .moments import View, collect, enough
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .permute import permute_
-from .reconstruct import corrected, correction, enough, following
+from .reconstruct import corrected, correction, following
 from .report import AxisReport, LayerReport
 from .sensitivity import row_weighting
 from .share import Run
 from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
-
-#: Positions per column that an activation-aware substitution looks at: it corrects moments that are exact already.
-RECONSTRUCTION_POSITIONS = 20
+#: Positions to a column and samples that are enough for the moments of a layer, and for a substitution that corrects them.
+MOMENT_SAMPLES = (200, 384)
+RECONSTRUCTION_SAMPLES = (20, 64)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Sweep:
 
     def run(self) -> None:
         """Merges every group in graph order, then runs to the end."""
-        bar = tqdm(self.correspondence.layers, desc="zip", unit="layer", disable=not self.options.progress, leave=False)
+        bar = tqdm(self.correspondence.layers, desc="zip", unit="layer", disable=None if self.options.progress else True, leave=False)
         for group in bar:
             bar.set_postfix_str(group.name)
             for task, layer in group.layers.items():
@@ -158,7 +158,9 @@ class Sweep:
         """A layer's moments and weights; in stored row order if its axis is matched already."""
         execution, analysis = self.executions[task], self.analyses[task]
         view = View(layer.kind, layer.kernel, layer.settings)
-        moment, target = collect(view, execution.inputs(layer), execution.original[layer.node.name])
+        inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
+        sizes = enough(view, inputs, *MOMENT_SAMPLES)
+        moment, target = collect(view, _heads(inputs, sizes), _heads(outputs, sizes))
         network = self.networks[task]
         weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
         bias = weight.new_zeros(len(weight))
@@ -185,18 +187,19 @@ class Sweep:
         options = self.options
         fold = options.method != "average"
         parts = {task: self._part(task, layer, columns[task], fold) for task, layer in members.items()}
+        systems = merge.Systems(parts)
         if id(axis) not in self.slots:
-            self._match(axis, parts)
+            self._match(axis, systems)
             for part in parts.values():
                 part.reorder_rows(self.slots[id(axis)].order(part.task))
         slots = self.slots[id(axis)]
         runs = {task: slots.runs(task, sorted(members)) for task in members}
-        solved = self._solve(parts, runs, slots)
+        solved = self._solve(systems, runs, slots)
         if options.method == "refit":
             for _ in range(options.reconstructions):
                 if not self._retarget(parts, runs, solved):
                     break
-                solved = self._solve(parts, runs, slots)
+                solved = self._solve(systems, runs, slots)
         before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
         merge.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
         report = LayerReport(group.name, before, 0)
@@ -212,12 +215,12 @@ class Sweep:
         report.after = _distinct_size(self.networks, members)
         self.layers.append(report)
 
-    def _solve(self, parts: Mapping[int, Part], runs: Mapping[int, tuple[Run, ...]], slots: Slots):
+    def _solve(self, systems: merge.Systems, runs: Mapping[int, tuple[Run, ...]], slots: Slots):
         """Rows of every set of tasks that stores some together."""
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: _positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
-            solved[tasks] = merge.solve_rows(parts, rows, slots, self.options.method, self.options.affine)
+            rows = {task: _positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
+            solved[tasks] = merge.solve_rows(systems, rows, slots, self.options.method, self.options.affine)
         return solved
 
     def _retarget(self, parts: Mapping[int, Part], runs, solved) -> bool:
@@ -233,18 +236,21 @@ class Sweep:
                 continue
             found = True
             view = View(layer.kind, layer.kernel, layer.settings)
-            inputs = enough(view, execution.inputs(layer), RECONSTRUCTION_POSITIONS)
+            sizes = enough(view, execution.inputs(layer), *RECONSTRUCTION_SAMPLES)
+            inputs = _heads(execution.inputs(layer), sizes)
+            originals = _heads(execution.original[layer.node.name], sizes)
             weight, bias = merge.effective_rows(part, merge.assembled(runs[task], solved, task))
             outputs = [execution.call(layer, x, weight, bias) for x in inputs]
-            targets = [part.original_output(z) for z in execution.original[layer.node.name][: len(inputs)]]
+            targets = [part.original_output(z) for z in originals]
             if part.plain_target is None:
                 part.plain_target = part.target
             part.target = corrected(part.plain_target, part.moment, *correction(view, inputs, outputs, targets, follow))
         return found
 
-    def _match(self, axis: AxisGroup, parts: dict[int, Part]) -> None:
+    def _match(self, axis: AxisGroup, systems: merge.Systems) -> None:
         count = self.options.counts[axis.name]
-        slots = merge.match_axis(parts, count, self.options.method, self.options.matching)
+        slots = merge.match_axis(systems, count, self.options.method, self.options.matching)
+        parts = systems.parts
         self.slots[id(axis)] = slots
         for task, part in parts.items():
             permute_(self.networks[task], part.analysis, {axis.atoms[task]: slots.order(task)})
@@ -269,7 +275,7 @@ class Sweep:
         if layer.bias is None and layer.norm is None:
             _about_zero(part)
         rows = torch.arange(len(part.weight), device=part.weight.device)
-        _, _, solved = merge.solve_rows({task: part}, {task: rows}, None, "refit", affine=False)
+        _, _, solved = merge.solve_rows(merge.Systems({task: part}), {task: rows}, None, "refit", affine=False)
         merge.install_private(part, self.networks[task], solved[task])
         size = _layer_size(self.analyses[task], layer)
         name = self.tasks[task]
@@ -295,6 +301,11 @@ def _about_zero(part: Part) -> None:
     target.variance = target.variance + target.mean.square()
     target.mean = torch.zeros_like(target.mean)
     part.moment = moment.raw(bias=False)
+
+
+def _heads(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The first samples of every chunk."""
+    return [chunk[:size] for chunk, size in zip(chunks, sizes, strict=False)]
 
 
 def _positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> torch.Tensor:
