@@ -24,6 +24,8 @@ from .solve import JointSystem
 
 #: Ratios of the private scales that matching tries, with either sign: the gain is flat between them.
 RATIOS = (0.35, 0.6, 1.0, 1.7, 3.0)
+#: The same for a third and any later task, whose joining is tried beside every combination of scales there is.
+FEW_RATIOS = (0.5, 1.0, 2.0)
 
 
 @dataclass
@@ -75,28 +77,34 @@ def merge_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
     return tuple(merged)
 
 
-def slots_from_pairs(pairs: Tensor, sizes: tuple[int, int], difference: float, scales: Tensor | None = None) -> Slots:
-    """Slots of two tasks from pairs [k, 2]: the shared ones first, in the order of the first task.
+def slots_of(
+    shared: Tensor, tasks: Sequence[int], sizes: Sequence[int], difference: float = 0.0, scales: Tensor | None = None
+) -> Slots:
+    """Slots of several tasks: those that all of them share first, in the order of the first task.
 
     Args:
-        pairs: neuron of the first task and of the second.
+        shared: [k, tasks] neuron of every task in each of them.
+        tasks: indices of the tasks, ascending.
         sizes: number of neurons of each task.
-        difference: summed functional difference of the pairs.
-        scales: [k, 2] private scales of the pairs.
+        difference: summed functional difference of the shared slots.
+        scales: [k, tasks] private scales of the shared slots.
     """
-    by_first = pairs[:, 0].argsort()
-    pairs = pairs[by_first].cpu()
-    rest = []
-    for task in range(2):
-        free = torch.ones(sizes[task], dtype=torch.bool)
-        free[pairs[:, task]] = False
-        single = torch.full((int(free.sum()), 2), -1)
+    by_first = shared[:, 0].argsort()
+    shared = shared[by_first].cpu()
+    columns = torch.as_tensor(tasks)
+    table = torch.full((len(shared), int(columns.max()) + 1), -1)
+    table[:, columns] = shared
+    parts = [table]
+    for at, task in enumerate(tasks):
+        free = torch.ones(sizes[at], dtype=torch.bool)
+        free[shared[:, at]] = False
+        single = torch.full((int(free.sum()), table.shape[1]), -1)
         single[:, task] = free.nonzero().flatten()
-        rest.append(single)
-    table = torch.cat([pairs, *rest])
+        parts.append(single)
+    table = torch.cat(parts)
     full = torch.ones(table.shape, dtype=torch.float64)
     if scales is not None:
-        full[: len(pairs)] = scales[by_first].cpu().double()
+        full[: len(shared), columns] = scales[by_first].cpu().double()
     return Slots(table, difference, full)
 
 
@@ -174,8 +182,9 @@ def scale_free_difference(
         system: joint system of two tasks.
         right: b_t of the two sides, [d_0, n] and [d_1, m].
         ratios: scales of the second task to try, the first one's being 1; a neuron and its negative are the same to a
-            private scale, so each is tried with both signs.
+            private scale, so each is tried with both signs. None: there are no private scales.
     """
+    signed, ratios = bool(ratios), ratios or (1.0,)
     b_first, b_second = (system.scatter(at, b) for at, b in enumerate(right))
     both = torch.cat([b_first, b_second], 1)
     count = b_first.shape[1]
@@ -184,17 +193,63 @@ def scale_free_difference(
         gains = system.factor([1.0, r]).gains(both)
         own = gains.diagonal()[:count, None] + r * r * gains.diagonal()[count:]
         across = 2 * r * gains[:count, count:]
-        gain, signed = own + across.abs(), r * torch.where(across < 0, -1.0, 1.0).to(own)
+        sign = torch.where(across < 0, -1.0, 1.0).to(own) if signed else torch.ones_like(across)
+        gain = own + across * sign
         if best is None:
-            best, ratio = gain, signed
+            best, ratio = gain, r * sign
         else:
             better = gain > best
-            best, ratio = torch.where(better, gain, best), torch.where(better, signed, ratio)
-    alone = []
-    for at, b in enumerate(right):
-        side = system.sides[at]
-        own = JointSystem(
-            [type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)], len(b)
-        )
-        alone.append((b * own.factor([1.0]).solve(b)).sum(0))
+            best, ratio = torch.where(better, gain, best), torch.where(better, r * sign, ratio)
+    alone = [_gain_alone(system, at, b) for at, b in enumerate(right)]
     return (alone[0][:, None] + alone[1] - best).clamp_min(0) / 2, ratio
+
+
+def _gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:
+    """What rows of one side gain alone, b^T Q^-1 b, [r]."""
+    side = system.sides[at]
+    own = type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)
+    return (b * JointSystem([own], len(b)).factor([1.0]).solve(b)).sum(0)
+
+
+def joining_difference(
+    system: JointSystem, right: list[Tensor], scales: Tensor, ratios: Sequence[float] = FEW_RATIOS
+) -> tuple[Tensor, Tensor]:
+    """What it costs that a neuron of the last side joins a slot of the others, [slots, n], and the best ratio of it.
+
+    The same as :func:`scale_free_difference`, with the sum of the slot's Q and b in place of the first task's: summed
+    over the tasks that join one after another it is the cost of the joint optimum.
+
+    Args:
+        system: joint system of all tasks, the one that joins last.
+        right: b_t of every side, [d_t, slots] for those of the slots, [d, n] for the last.
+        scales: [slots, sides - 1] private scales in every slot.
+        ratios: scales of the last task to try, with both signs. None: there are no private scales.
+    """
+    signed, ratios = bool(ratios), ratios or (1.0,)
+    slot = sum(system.scatter(at, b * scales[:, at]) for at, b in enumerate(right[:-1]))
+    new = system.scatter(len(right) - 1, right[-1])
+    alone = _gain_alone(system, len(right) - 1, right[-1])
+    cost = slot.new_zeros(slot.shape[1], new.shape[1])
+    ratio = torch.ones_like(cost)
+    used = torch.unique(torch.cat([side.index for side in system.sides[:-1]]))
+    values, which = torch.unique(scales.abs(), dim=0, return_inverse=True)  # the matrix has squares only
+    for at, value in enumerate(values.tolist()):
+        rows = (which == at).nonzero().flatten()
+        b = slot[:, rows]
+        earlier = JointSystem(
+            [type(s)(s.moment, torch.searchsorted(used, s.index), s.alpha, s.damping) for s in system.sides[:-1]],
+            len(used),
+        )
+        before = (b[used] * earlier.factor(value).solve(b[used])).sum(0)
+        best = torch.full_like(cost[rows], -torch.inf)
+        for r in ratios:
+            solved = system.factor([*value, r]).solve(torch.cat([b, new], 1))
+            own = (b * solved[:, : len(rows)]).sum(0)[:, None] + r * r * (new * solved[:, len(rows) :]).sum(0)
+            across = 2 * r * (b.T @ solved[:, len(rows) :])
+            sign = torch.where(across < 0, -1.0, 1.0).to(own) if signed else torch.ones_like(across)
+            gain = own + across * sign
+            better = gain > best
+            best = torch.where(better, gain, best)
+            ratio[rows] = torch.where(better, r * sign, ratio[rows])
+        cost[rows] = (before[:, None] + alone - best).clamp_min(0) / 2
+    return cost, ratio

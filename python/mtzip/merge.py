@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import mtz_ext
 import torch
 from torch import Tensor, nn
+
+import mtz_ext
 
 from . import match
 from .columns import Unknown, unknown_columns
@@ -43,6 +44,9 @@ class Part:
         fold: ([r], [r]) scale and shift of the BatchNorm that was folded into target, weight and bias; None for none.
         order: [r] stored order of the rows, None as long as it is the network's own.
         plain_target: the target before any activation-aware substitution, None as long as there was none.
+        constant: "free" where a bias of the task's own, or a BatchNorm, takes any constant of its rows; "shared" where
+            one bias serves all tasks; "none" where there is none.
+        scalable: whether the task keeps a scale of its own for every row.
     """
 
     task: int
@@ -59,6 +63,8 @@ class Part:
     fold: tuple[Tensor, Tensor] | None = None
     order: Tensor | None = None
     plain_target: Target | None = None
+    constant: str = "free"
+    scalable: bool = False
 
     @property
     def has_bias(self) -> bool:
@@ -106,11 +112,42 @@ class Part:
         scale, shift = (value.to(z.dtype).view(shape) for value in self.fold)
         return z * scale + shift
 
+    def moment_of(self, columns: Tensor) -> Moment:
+        """Moment of some columns: centred where the constant is free, else about zero; a shared bias is one more."""
+        chosen = self.moment.select(columns)
+        return chosen if self.constant == "free" else chosen.raw(self.constant == "shared")
+
+    def weight_of(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Weights of some rows over some columns, [r, d]; a shared bias is one more column."""
+        weight = self.weight[rows][:, columns]
+        return torch.cat([weight, self.bias[rows][:, None]], 1) if self.constant == "shared" else weight
+
     def right_hand_side(self, side: Side, rows: Tensor, columns: Tensor, weighted: bool) -> Tensor:
         """b of some rows over some columns, [d, r], the rows weighted by how much they matter if ``weighted``."""
         cross = cross_moment(self.moment, self.target, rows)[columns]
-        right = side.right_hand_side(cross, self.weight[rows][:, columns])
+        mean = self.target.mean[rows]
+        if self.constant != "free":
+            cross = cross + torch.outer(self.moment.mean[columns], mean)
+        if self.constant == "shared":
+            cross = torch.cat([cross, mean[None]])
+        right = side.right_hand_side(cross, self.weight_of(rows, columns))
         return right * self.weighting[rows] if weighted and self.weighting is not None else right
+
+
+def settle(parts: Mapping[int, Part], affine: bool) -> None:
+    """Decides where the rows of a group get their constants and scales from.
+
+    Args:
+        parts: of all tasks of the group.
+        affine: whether tasks keep a private scale and shift where no BatchNorm follows.
+    """
+    bare = [part for part in parts.values() if part.layer.norm is None]
+    shared = not affine and len(bare) == len(parts) and all(part.has_bias for part in bare)
+    for part in parts.values():
+        norm = part.layer.norm
+        part.scalable = affine if norm is None else norm.weight is not None
+        if norm is None:
+            part.constant = "shared" if shared else "free" if affine or part.has_bias else "none"
 
 
 class Systems:
@@ -120,87 +157,118 @@ class Systems:
         self.parts = parts
         self._known: dict[tuple[int, ...], tuple[Unknown, JointSystem]] = {}
 
-    def of(self, members: Sequence[int]) -> tuple[Unknown, JointSystem]:
-        """Layout of the unknown and system of rows that ``members`` store together."""
-        key = tuple(members)
+    def of(self, members: Sequence[int], shared_only: bool = False) -> tuple[Unknown, JointSystem]:
+        """Layout of the unknown and system of rows that ``members`` store together.
+
+        Args:
+            members: task indices.
+            shared_only: leave out columns that one task alone has.
+        """
+        key = (*members, shared_only)
         if key not in self._known:
-            parts = {task: self.parts[task] for task in key}
+            parts = {task: self.parts[task] for task in members}
             runs = {task: part.columns for task, part in parts.items()}
-            unknown = unknown_columns(runs, key, parts[key[0]].inner)
-            moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
-            self._known[key] = unknown, build_system(parts, unknown, moments)
+            unknown = unknown_columns(runs, members, parts[members[0]].inner, shared_only)
+            self._known[key] = unknown, build_system(parts, unknown)
         return self._known[key]
 
+    @property
+    def escalation(self) -> float:
+        """Largest factor by which the damping of any of them had to grow."""
+        return max((system.escalation for _, system in self._known.values()), default=1.0)
 
-def build_system(parts: Mapping[int, Part], unknown: Unknown, moments: Mapping[int, Moment]) -> JointSystem:
-    """The joint system of some parts over the columns of ``unknown``; ``moments`` are those of its columns."""
+
+def build_system(parts: Mapping[int, Part], unknown: Unknown) -> JointSystem:
+    """The joint system of some parts over the columns of ``unknown``; a shared bias is one more behind them."""
     sides = []
+    shared = False
     for task, index in unknown.index.items():
-        part, moment = parts[task], moments[task]
+        part = parts[task]
+        moment = part.moment_of(unknown.columns[task])
+        if part.constant == "shared":
+            shared, index = True, torch.cat([index, torch.tensor([unknown.size])])
         damping = part.damping * float(moment.diagonal().mean()) if len(index) else 0.0
         damping = damping or torch.finfo(torch.float64).tiny ** 0.5
         sides.append(Side(moment, index.to(moment.mean.device), part.alpha, damping))
-    return JointSystem(sides, unknown.size)
+    return JointSystem(sides, unknown.size + shared)
 
 
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
 def match_axis(systems: Systems, count: int, method: str, matching: str) -> Slots:
-    """Matches the rows of two tasks' layers and keeps ``count`` pairs.
+    """Matches the rows of several tasks' layers and keeps ``count`` slots that all of them share.
+
+    The first two tasks are matched with each other, every further one onto the slots there are.
 
     Args:
-        systems: of two parts, rows in the networks' own order.
-        count: pairs.
+        systems: of the parts, rows in the networks' own order.
+        count: slots.
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
     """
     parts = systems.parts
-    first, second = sorted(parts)
-    a, b = parts[first], parts[second]
-    sizes = (len(a.weight), len(b.weight))
-    ratio = None
-    if method == "refit":
-        unknown, system = systems.of((first, second))
-        right = []
-        for side, part in zip(system.sides, (a, b), strict=True):
-            every = torch.arange(len(part.weight), device=part.weight.device)
-            right.append(part.right_hand_side(side, every, unknown.columns[part.task], weighted=True))
-        distances, ratio = match.scale_free_difference(system, right)
+    tasks = sorted(parts)
+    table = torch.arange(len(parts[tasks[0]].weight))[:, None]
+    scales = torch.ones(table.shape, dtype=torch.float64)
+    difference = 0.0
+    for at in range(1, len(tasks)):
+        distances, ratio = _distances(systems, tasks[: at + 1], table, scales, method)
+        pairs = mtz_ext.match_neurons(distances, count, method=matching)
+        slots, neurons = pairs.cpu().unbind(1)
+        difference += float(distances[pairs[:, 0], pairs[:, 1]].sum())
+        new = (
+            torch.ones(count, dtype=torch.float64) if ratio is None else ratio[pairs[:, 0], pairs[:, 1]].cpu().double()
+        )
+        table = torch.cat([table[slots], neurons[:, None]], 1)
+        scales = torch.cat([scales[slots], new[:, None]], 1)
+    return match.slots_of(table, tasks, [len(parts[task].weight) for task in tasks], difference, scales)
+
+
+def _distances(
+    systems: Systems, tasks: Sequence[int], table: Tensor, scales: Tensor, method: str
+) -> tuple[Tensor, Tensor | None]:
+    """What it costs that a neuron of the last task joins a slot, [slots, n], and the best ratio of its scale.
+
+    Args:
+        systems: of the parts.
+        tasks: those that share a slot already, and the one that joins.
+        table: [slots, tasks - 1] neurons of every slot.
+        scales: [slots, tasks - 1] private scales of its tasks.
+        method: as in :func:`match_axis`.
+    """
+    parts = {task: systems.parts[task] for task in tasks}
+    *members, new = tasks
+    rows = {task: table[:, at].to(parts[task].weight.device) for at, task in enumerate(members)}
+    rows[new] = torch.arange(len(parts[new].weight), device=parts[new].weight.device)
+    if method == "average":
+        unknown, _ = systems.of(tasks, shared_only=True)
+        biased = all(part.has_bias for part in parts.values())
+        mean, bias = _average({t: parts[t] for t in members}, {t: rows[t] for t in members}, unknown)
+        first = mean[unknown.index[new].to(mean.device)].T
+        second = parts[new].weight[:, unknown.columns[new]]
+        if biased:
+            first, second = torch.cat([first, bias[:, None]], 1), torch.cat([second, parts[new].bias[:, None]], 1)
+        return match.euclidean(first, second), None
+    unknown, system = systems.of(tasks, shared_only=method == "mtz")
+    if method == "mtz":
+        weights = [parts[task].weight_of(rows[task], unknown.columns[task]) for task in tasks]
+        if len(tasks) == 2:
+            return match.functional_difference(system, *weights), None
+        right = [side.apply(w.T.contiguous()) for side, w in zip(system.sides, weights, strict=True)]
+        ratios: Sequence[float] = ()
     else:
-        unknown = unknown_columns({t: p.columns for t, p in parts.items()}, (first, second), a.inner, shared_only=True)
-        rows = {task: part.weight[:, unknown.columns[task]] for task, part in parts.items()}
-        if method == "average":
-            biased = a.has_bias and b.has_bias
-            rows = {t: torch.cat([rows[t], parts[t].bias[:, None]], 1) if biased else rows[t] for t in rows}
-            distances = match.euclidean(rows[first], rows[second])
-        else:
-            system, rows = _shared_bias_system(parts, unknown)
-            distances = match.functional_difference(system, rows[first], rows[second])
-    pairs = mtz_ext.match_neurons(distances, count, method=matching)
-    chosen = distances[pairs[:, 0], pairs[:, 1]]
-    scales = None
-    if ratio is not None:
-        r = ratio[pairs[:, 0], pairs[:, 1]]
-        scales = torch.stack([torch.ones_like(r), r], 1)
-    return match.slots_from_pairs(pairs, sizes, float(chosen.sum()), scales)
-
-
-def _shared_bias_system(parts: Mapping[int, Part], unknown: Unknown) -> tuple[JointSystem, dict[int, Tensor]]:
-    """System and rows of the method of the paper: the bias is one more shared column, unless a BatchNorm follows."""
-    if all(part.layer.norm is not None for part in parts.values()):
-        moments = {task: part.moment.select(unknown.columns[task]) for task, part in parts.items()}
-        return build_system(parts, unknown, moments), {t: p.weight[:, unknown.columns[t]] for t, p in parts.items()}
-    biased = all(part.has_bias for part in parts.values())
-    moments, rows, index = {}, {}, {}
-    for task, part in parts.items():
-        moments[task] = part.moment.select(unknown.columns[task]).raw(biased)
-        chosen = part.weight[:, unknown.columns[task]]
-        rows[task] = torch.cat([chosen, part.bias[:, None]], 1) if biased else chosen
-        extra = torch.full((int(biased),), unknown.size, dtype=torch.int64)
-        index[task] = torch.cat([unknown.index[task], extra])
-    widened = Unknown(unknown.size + int(biased), index, unknown.blocks, unknown.columns)
-    return build_system(parts, widened, moments), rows
+        right = [
+            parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=True)
+            for side, task in zip(system.sides, tasks, strict=True)
+        ]
+        scalable = all(part.scalable for part in parts.values())
+        folded = all(part.fold is not None for part in parts.values())  # of one scale already
+        many = len(tasks) == 2 and not folded
+        ratios = () if not scalable else match.RATIOS if many else match.FEW_RATIOS
+    if len(tasks) == 2:
+        return match.scale_free_difference(system, right, ratios)
+    return match.joining_difference(system, right, scales.to(right[0]), ratios)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -216,7 +284,7 @@ class Rows:
 
 
 def solve_rows(
-    systems: Systems, rows: Mapping[int, Tensor], slots: Slots | None, method: str, affine: bool
+    systems: Systems, rows: Mapping[int, Tensor], slots: Slots | None, method: str
 ) -> tuple[Unknown, Tensor, dict[int, Rows]]:
     """Solves for rows that the tasks of ``rows`` store together (one task: private rows).
 
@@ -225,7 +293,6 @@ def solve_rows(
         rows: task index to the positions of these rows, all of the same length.
         slots: how the axis is stored, for the scales matching found.
         method: "average", "mtz" or "refit".
-        affine: whether tasks keep a private scale and shift.
 
     Returns:
         The unknown's layout, theta [unknown.size, r], and the rows each task ends with.
@@ -233,21 +300,28 @@ def solve_rows(
     members = sorted(rows)
     parts = {task: systems.parts[task] for task in members}
     unknown, system = systems.of(members)
-    if method == "average":
-        theta, bias = _average(parts, rows, unknown)
-        scales = {task: torch.ones_like(bias) for task in members}
-        biases = {task: bias for task in members}
-    elif method == "mtz":
-        theta, bias = _merge_closed_form(parts, rows, unknown)
-        scales = {task: torch.ones_like(bias) for task in members}
-        biases = {task: bias for task in members}
+    if method == "refit":
+        theta, scales = _refit(parts, rows, unknown, system, slots)
     else:
-        theta, scales, biases = _refit(parts, rows, unknown, system, slots, affine)
+        theta, bias = _average(parts, rows, unknown)
+        if method == "mtz" and len(members) > 1:
+            theta, bias = _merge_closed_form(systems, rows, unknown, theta, bias)
+        scales = {task: torch.ones_like(bias) for task in members}
     solved = {}
     for task in members:
-        full = theta.new_zeros(parts[task].weight.shape[1], theta.shape[1])
-        full[unknown.columns[task]] = theta[unknown.index[task].to(theta.device)]
-        solved[task] = Rows(full.T, scales[task], biases[task])
+        part = parts[task]
+        own = theta[unknown.index[task].to(theta.device)]
+        full = theta.new_zeros(part.weight.shape[1], theta.shape[1])
+        full[unknown.columns[task]] = own
+        if part.constant == "none":
+            constant = torch.zeros_like(scales[task])
+        elif part.constant == "shared":
+            constant = theta[-1] if method == "refit" else bias
+        elif method != "refit" and (method == "average" or len(members) == 1):
+            constant = part.bias[rows[task]]
+        else:
+            constant = part.target.mean[rows[task]] - scales[task] * (part.moment.mean[unknown.columns[task]] @ own)
+        solved[task] = Rows(full.T, scales[task], constant)
     return unknown, theta, solved
 
 
@@ -264,42 +338,46 @@ def _average(parts, rows, unknown: Unknown) -> tuple[Tensor, Tensor]:
     return theta / count, bias
 
 
-def _merge_closed_form(parts, rows, unknown: Unknown) -> tuple[Tensor, Tensor]:
-    """m = (sum Q)^-1 sum Q w over the shared columns and the bias (He, Zhou, Thiele 2018, eq. 5, any number of tasks)."""
-    members = sorted(parts)
-    theta, bias = _average(parts, rows, unknown)
-    if len(members) == 1:
+def _merge_closed_form(
+    systems: Systems, rows: Mapping[int, Tensor], unknown: Unknown, theta: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """m = (sum Q)^-1 sum Q w over the shared columns and a shared bias (He, Zhou, Thiele 2018, eq. 5), any tasks.
+
+    Args:
+        systems, rows, unknown: as in :func:`solve_rows`.
+        theta, bias: the plain mean, which gives the columns of one task alone.
+    """
+    members = sorted(rows)
+    shared, system = systems.of(members, shared_only=True)
+    if not system.size:
         return theta, bias
-    inner = parts[members[0]].inner
-    shared = unknown_columns({t: p.columns for t, p in parts.items()}, members, inner, shared_only=True)
-    if not shared.size:
-        return theta, bias
-    system, wide = _shared_bias_system(parts, shared)
-    right = [side.apply(wide[task][rows[task]].T.contiguous()) for task, side in zip(members, system.sides, strict=True)]
+    right = []
+    for task, side in zip(members, system.sides, strict=True):
+        right.append(side.apply(systems.parts[task].weight_of(rows[task], shared.columns[task]).T.contiguous()))
     merged, _ = joint_rows(system, right)
     for tasks, where in shared.blocks.items():
         theta[unknown.blocks[tasks]] = merged[where]
     return theta, merged[-1] if system.size > shared.size else bias
 
 
-def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | None, affine: bool):
-    """Joint least squares onto the originals' outputs, private scale by alternation, private shift from the means."""
+def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | None):
+    """Joint least squares onto the originals' outputs; private scales, where all tasks have them, by alternation."""
     members = sorted(parts)
-    joint = affine and len(members) > 1
+    joint = len(members) > 1 and all(part.scalable for part in parts.values())
     right = [
         parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=joint)
         for side, task in zip(system.sides, members, strict=True)
     ]
     start = [slots.scale(task).to(right[0])[rows[task]] for task in members] if joint else None
-    theta, fitted = joint_rows(system, right, start, sweeps=SCALE_SWEEPS if parts[members[0]].layer.kind == "linear" else 0)
-    scales, biases = {}, {}
+    sweeps = SCALE_SWEEPS if parts[members[0]].layer.kind == "linear" else 0
+    # Behind a BatchNorm the scale is its affine's, which is fitted later.
+    fit = any(part.layer.norm is None for part in parts.values())
+    theta, fitted = joint_rows(system, right, start, sweeps=sweeps, fit=fit)
+    scales = {}
     for at, task in enumerate(members):
-        part = parts[task]
-        weighted = joint and part.weighting is not None
-        scales[task] = fitted[at] / part.weighting[rows[task]] if weighted else fitted[at]
-        mean = part.moment.mean[unknown.columns[task]] @ system.gather(at, theta)
-        biases[task] = part.target.mean[rows[task]] - scales[task] * mean
-    return theta, scales, biases
+        weighting = parts[task].weighting if joint else None
+        scales[task] = fitted[at] if weighting is None else fitted[at] / weighting[rows[task]]
+    return theta, scales
 
 
 # -- installing ----------------------------------------------------------------------------------------------------
@@ -324,6 +402,7 @@ def install_shared(
         set_network: called with (task, network) where the layer was the whole network.
     """
     parameters: dict[tuple, nn.Parameter] = {}
+    all_normed = all(part.layer.norm is not None for part in group.values())
     for task, part in group.items():
         module = networks[task].get_submodule(part.layer.path)
         leaf_class: type[SharedLayer] = LEAVES[type(module)]
@@ -333,17 +412,20 @@ def install_shared(
         row_runs = merge_runs_of(runs[task])
         whole = (Run((task,), sum(run.size for run in row_runs)),)
         has_bias = part.has_bias or private_shift
-        bias_runs = None if not has_bias else whole if private_shift else row_runs
+        bias_runs = None if not has_bias else row_runs if all_normed or part.constant == "shared" else whole
         scaled = sum(run.size for run in row_runs if len(run.tasks) > 1) if private_shift else 0
         layout = Layout(task, row_runs, part.columns, bias_runs, scaled)
         blocks: dict[str, nn.Parameter] = {}
 
-        def parameter(key: tuple, value: Callable[[], Tensor], trainable: bool, dtype=dtype, device=device) -> nn.Parameter:
+        trainable = module.weight.requires_grad
+
+        def parameter(key: tuple, value: Callable[[], Tensor], device=device, dtype=dtype, trainable=trainable):
             if key not in parameters:
-                parameters[key] = nn.Parameter(value().to(dtype=dtype, device=device).contiguous(), trainable)
+                parameters[key] = nn.Parameter(value().to(device, dtype).contiguous(), trainable)
+            elif trainable:  # for one of its tasks
+                parameters[key].requires_grad_()
             return parameters[key]
 
-        trainable = module.weight.requires_grad
         own = assembled(row_runs, solved, task)
         for run in row_runs:
             unknown, theta, _ = solved[run.tasks]
@@ -351,7 +433,7 @@ def install_shared(
                 if task in tasks:
                     shape = (run.size, -1, *kernel)
                     value = lambda theta=theta, where=where, shape=shape: theta[where].T.reshape(shape)  # noqa: E731
-                    blocks[block_name(run, Run(tasks, 0))] = parameter((run.tasks, tasks), value, trainable)
+                    blocks[block_name(run, Run(tasks, 0))] = parameter((run.tasks, tasks), value)
         if has_bias:
             value = own.bias
             if part.layer.norm is not None:
@@ -359,11 +441,11 @@ def install_shared(
             start = 0
             for run, name in zip(bias_runs, layout.bias_blocks(), strict=True):
                 piece = value[start : start + run.size]
-                blocks[name] = parameter(("bias", run.tasks), lambda piece=piece: piece, trainable)
+                blocks[name] = parameter(("bias", run.tasks), lambda piece=piece: piece)
                 start += run.size
         if scaled:
             scale = own.scale[:scaled]
-            blocks["scale"] = parameter(("scale", task), lambda scale=scale: scale, trainable)
+            blocks["scale"] = parameter(("scale", task), lambda scale=scale: scale)
         leaf = leaf_class.wrap(module, layout, {name: blocks[name] for name in _names(layout)})
         set_network(task, replace_module(networks[task], module, leaf))
 

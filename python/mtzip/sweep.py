@@ -30,7 +30,7 @@ from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 #: Positions to a column and samples that are enough for the moments of a layer, and for a substitution that corrects them.
-MOMENT_SAMPLES = (200, 384)
+MOMENT_SAMPLES = (64, 256)
 RECONSTRUCTION_SAMPLES = (20, 64)
 
 
@@ -53,7 +53,7 @@ class Options:
     matching: str = "optimal"
     affine: bool = True
     damping: float | None = None
-    reconstructions: int = 3
+    reconstructions: int = 0
     progress: bool = False
 
 
@@ -187,6 +187,7 @@ class Sweep:
         options = self.options
         fold = options.method != "average"
         parts = {task: self._part(task, layer, columns[task], fold) for task, layer in members.items()}
+        merge.settle(parts, options.affine)
         systems = merge.Systems(parts)
         if id(axis) not in self.slots:
             self._match(axis, systems)
@@ -211,7 +212,7 @@ class Sweep:
             report.samples[self.tasks[task]] = part.moment.count
             report.error[self.tasks[task]] = merge.relative_error(part, rows)
             report.space = "sample" if part.moment.samples is not None else "feature"
-        report.damping = max(part.damping for part in parts.values())
+        report.damping = max(part.damping for part in parts.values()) * systems.escalation
         report.after = _distinct_size(self.networks, members)
         self.layers.append(report)
 
@@ -220,7 +221,7 @@ class Sweep:
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
             rows = {task: _positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
-            solved[tasks] = merge.solve_rows(systems, rows, slots, self.options.method, self.options.affine)
+            solved[tasks] = merge.solve_rows(systems, rows, slots, self.options.method)
         return solved
 
     def _retarget(self, parts: Mapping[int, Part], runs, solved) -> bool:
@@ -273,9 +274,9 @@ class Sweep:
         part = self._part(task, layer, columns, fold=False)
         part.columns = (Run((task,), sum(run.size for run in columns)),)
         if layer.bias is None and layer.norm is None:
-            _about_zero(part)
+            part.constant = "none"
         rows = torch.arange(len(part.weight), device=part.weight.device)
-        _, _, solved = merge.solve_rows(merge.Systems({task: part}), {task: rows}, None, "refit", affine=False)
+        _, _, solved = merge.solve_rows(merge.Systems({task: part}), {task: rows}, None, "refit")
         merge.install_private(part, self.networks[task], solved[task])
         size = _layer_size(self.analyses[task], layer)
         name = self.tasks[task]
@@ -291,21 +292,9 @@ class Sweep:
         self.executions[task].network = network
 
 
-def _about_zero(part: Part) -> None:
-    """Turns a part's moments to ones about zero: a layer without any constant cannot take a mean away."""
-    moment, target = part.moment, part.target
-    if target.cross is not None:
-        target.cross = target.cross + torch.outer(moment.mean, target.mean)
-    else:
-        target.samples = target.samples + target.mean / moment.count**0.5
-    target.variance = target.variance + target.mean.square()
-    target.mean = torch.zeros_like(target.mean)
-    part.moment = moment.raw(bias=False)
-
-
 def _heads(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The first samples of every chunk."""
-    return [chunk[:size] for chunk, size in zip(chunks, sizes, strict=False)]
+    """The first so many samples of every chunk; chunks that are not needed left out."""
+    return [x[:size] for x, size in zip(chunks, sizes, strict=False)]
 
 
 def _positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> torch.Tensor:
