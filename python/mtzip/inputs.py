@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 #: Samples per chunk when the calibration set is one tensor: large enough for the products, small enough for the cache.
-CHUNK = 128
+CHUNK = 256
 
 _TARGET_KEYS = ("labels", "label", "targets", "target")
 

@@ -22,7 +22,7 @@ FLOOR = 1e-2
 
 
 def sensitivities(
-    analysis: Analysis, batches: list[Batch], samples: int = 128, probes: int = 2, seed: int = 0
+    analysis: Analysis, batches: list[Batch], samples: int = 96, probes: int = 2, seed: int = 0
 ) -> dict[str, Tensor]:
     """Sensitivity of every row of every layer, [r] float64 with mean one; a layer no output depends on is left out.
 

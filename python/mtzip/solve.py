@@ -24,11 +24,8 @@ from .moments import Moment
 #: than the floor. Measured on pairs of 784-300-100-10 networks: 0.1 is best for 1,000 images, 0.001 to 0.01 for 10,000.
 DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
 
-#: Factors of larger systems are taken in float32; conjugate gradients on the float64 system take the solution from there.
+#: Factors of systems from this size on are taken in float32, and solutions refined once on the float64 system.
 SINGLE_PRECISION_FROM = 384
-
-#: Conjugate gradient steps after a solve with such a factor: each takes the error down by orders of magnitude.
-REFINEMENT_STEPS = 2
 
 #: Systems of at most so many unknowns keep their factors: matching and every later solve use the same few.
 KEEP_FACTORS = 2048
@@ -224,7 +221,12 @@ def fit_scales(system: JointSystem, theta: Tensor, right: list[Tensor]) -> list[
 
 
 def joint_rows(
-    system: JointSystem, right: list[Tensor], scales: list[Tensor] | None = None, sweeps: int = 0, steps: int = 3
+    system: JointSystem,
+    right: list[Tensor],
+    scales: list[Tensor] | None = None,
+    sweeps: int = 0,
+    steps: int = 3,
+    fit: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """Shared rows, and the private scales that fit them best.
 
@@ -237,6 +239,7 @@ def joint_rows(
         scales: first scales [r] of every side; None fixes all scales to one.
         sweeps: alternations of rows and scales by conjugate gradients.
         steps: conjugate gradient steps in each.
+        fit: whether the scales are fitted to the rows in the end.
 
     Returns:
         theta [size, r] and the scales [r] of every side.
@@ -253,13 +256,13 @@ def joint_rows(
         factor = system.factor(value)
         theta[:, rows] = factor.solve(target[:, rows])
         if not factor.is_exact:
-            own = [b[:, rows] for b in right], [scale[rows] for scale in scales]
-            theta[:, rows] = system.solve(*own, theta[:, rows], factor, REFINEMENT_STEPS)
+            residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
+            theta[:, rows] += factor.solve(residual)
     for _ in range(sweeps):
         scales = _normalised(fit_scales(system, theta, right))
         factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
         theta = system.solve(right, scales, theta, factor, steps)
-    return theta, fit_scales(system, theta, right)
+    return theta, fit_scales(system, theta, right) if fit else scales
 
 
 def _normalised(scales: list[Tensor]) -> list[Tensor]:

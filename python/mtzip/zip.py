@@ -34,7 +34,7 @@ def zip_networks(
     matching: str = "optimal",
     affine: bool = True,
     damping: float | None = None,
-    reconstructions: int = 3,
+    reconstructions: int = 0,
     samples: int | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
