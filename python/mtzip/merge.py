@@ -187,10 +187,16 @@ def build_system(parts: Mapping[int, Part], unknown: Unknown) -> JointSystem:
         moment = part.moment_of(unknown.columns[task])
         if part.constant == "shared":
             shared, index = True, torch.cat([index, torch.tensor([unknown.size])])
-        damping = part.damping * float(moment.diagonal().mean()) if len(index) else 0.0
-        damping = damping or torch.finfo(torch.float64).tiny ** 0.5
-        sides.append(Side(moment, index.to(moment.mean.device), part.alpha, damping))
+        sides.append(Side(moment, index.to(moment.mean.device), part.alpha, part.damping * _energy(moment)))
     return JointSystem(sides, unknown.size + shared)
+
+
+def _energy(moment: Moment) -> float:
+    """Mean variance of the columns; where none varies, a number so large that weights stay as they are."""
+    if not len(moment.mean):
+        return 1.0
+    energy, size = float(moment.diagonal().mean()), float(moment.mean.square().mean())
+    return energy if energy > 1e-12 * size else max(1e3 * size, 1.0)
 
 
 # -- matching ------------------------------------------------------------------------------------------------------

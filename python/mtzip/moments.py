@@ -38,7 +38,9 @@ class Moment:
 
     def select(self, columns: Tensor) -> Moment:
         """The moment of some columns, in the order of ``columns`` [s]; the moment itself if those are all of them."""
-        if len(columns) == len(self.mean) and bool((columns == torch.arange(len(columns), device=columns.device)).all()):
+        if len(columns) == len(self.mean) and bool(
+            (columns == torch.arange(len(columns), device=columns.device)).all()
+        ):
             return self
         covariance = None if self.covariance is None else self.covariance[columns][:, columns]
         samples = None if self.samples is None else self.samples[:, columns]
@@ -163,8 +165,9 @@ class View:
     def output_statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of every row over the positions of a chunk, [r] float64."""
         if self.is_linear:
-            variance, mean = torch.var_mean(z.reshape(-1, z.shape[-1]), 0, correction=0)
-            return mean.double(), variance.double()
+            rows = z.reshape(-1, z.shape[-1])
+            # The mean to the last digit: the cross moment takes it out of a product with the inputs' mean.
+            return rows.sum(0, dtype=torch.float64) / len(rows), rows.var(0, correction=0).double()
         # Sums over one image first: contiguous, many times faster than all dimensions at once.
         spatial, count = tuple(range(2, z.dim())), z.numel() // z.shape[1]
         mean = z.sum(spatial).double().sum(0) / count
@@ -195,7 +198,8 @@ class View:
         if self.is_linear:
             rows = self.rows(z)
             shift = rows.mean(0)  # keeps the digits of a small covariance beside large means
-            return self.unfold(x).T @ (rows - shift) + torch.outer(self.column_sum(x), shift)
+            product = self.unfold(x).T @ (rows - shift)
+            return torch.outer(self.column_sum(x), shift.double()).add_(product)
         x, padding = self.prepare(x)
         shape = (z.shape[1], x.shape[1], *self.kernel)
         gradient = (None, torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
@@ -205,7 +209,7 @@ class View:
     def column_sum(self, x: Tensor) -> Tensor:
         """Sum over positions of the columns, [d]. Unfolds the sum over samples, which is one image."""
         if self.is_linear:
-            return x.reshape(-1, x.shape[-1]).sum(0)
+            return x.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
         return self.unfold(x.sum(0, keepdim=True)).sum(0)
 
 
@@ -274,5 +278,6 @@ def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> T
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, the rest as it is."""
     """``x``, half precision as float32: what products and sums are taken in."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

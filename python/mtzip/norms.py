@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .moments import at_least_float32
 from .trace.analysis import Analysis, Norm
 
 
@@ -53,11 +54,11 @@ def channel_statistics(inputs: list[Tensor], targets: list[Tensor] | None = None
     """Mean and variance of every channel of chunks [N, C, ...], slope on and mean of a target. All [C] float64."""
 
     def rows(x: Tensor) -> Tensor:
-        return x.movedim(1, -1).reshape(-1, x.shape[1])
+        return at_least_float32(x).movedim(1, -1).reshape(-1, x.shape[1])
 
     count = sum(x.numel() // x.shape[1] for x in inputs)
     mean = sum(rows(x).sum(0, dtype=torch.float64) for x in inputs) / count
-    centred = [rows(x) - mean.to(x.dtype) for x in inputs]
+    centred = [(x := rows(chunk)) - mean.to(x.dtype) for chunk in inputs]
     variance = sum(x.square().sum(0, dtype=torch.float64) for x in centred) / count
     if targets is None:
         return mean, variance, None, None

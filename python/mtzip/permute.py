@@ -34,13 +34,22 @@ def permute_(network: nn.Module, analysis: Analysis, orders: dict[int, Tensor]) 
 
 
 def verify_axes(analysis: Analysis, task: int, correspondence: Correspondence) -> None:
-    """Reorders every axis at random and compares outputs; an axis that changes them is taken out and noted."""
+    """Reorders every axis at random and compares outputs; an axis that changes them is taken out and noted.
+
+    Raises:
+        ValueError: the outputs are not finite, so that nothing can be compared.
+    """
     orders = {
         axis.atoms[task]: torch.randperm(axis.sizes[task], generator=torch.Generator().manual_seed(at))
         for at, axis in enumerate(correspondence.axes)
         if task in axis.atoms
     }
     expected = _outputs(analysis, analysis.exported.network)
+    if not all(bool(torch.isfinite(output).all()) for output in expected):
+        raise ValueError(
+            f"task {analysis.exported.task!r}: the network puts out NaN or Inf on its calibration inputs, expected finite "
+            "values; check the network and its inputs"
+        )
     if not orders or _agrees(analysis, orders, expected):
         return
     for axis in list(correspondence.axes):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .inputs import Batch
+from .moments import at_least_float32
 from .trace.analysis import Analysis
 
 #: Least sensitivity relative to the layer's mean: a neuron that hardly matters today still keeps its place.
@@ -40,14 +41,14 @@ def sensitivities(
         batch = batch.narrow(0, min(batch.size, samples - taken))
         for path, gradient in _gradients(analysis, batch, generator, probes):
             axis = -1 if analysis.layers[path].kind == "linear" else 1
-            squares = gradient.square().movedim(axis, -1).reshape(-1, gradient.shape[axis])
+            squares = at_least_float32(gradient).square().movedim(axis, -1).reshape(-1, gradient.shape[axis])
             totals[path] = totals.get(path, 0) + squares.sum(0, dtype=torch.float64)
         taken += batch.size
         if taken >= samples:
             break
     result = {}
     for path, total in totals.items():
-        if total.mean() > 0:
+        if 0 < total.mean() < torch.inf:
             result[path] = total / total.mean()
     return result
 
@@ -78,9 +79,12 @@ def _gradients(
                 outputs = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
     for probe in range(probes if outputs else 0):
         signs = [torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1 for out in outputs]
-        gradients = torch.autograd.grad(
-            outputs, list(marked.values()), signs, retain_graph=probe < probes - 1, allow_unused=True
-        )
+        try:
+            gradients = torch.autograd.grad(
+                outputs, list(marked.values()), signs, retain_graph=probe < probes - 1, allow_unused=True
+            )
+        except RuntimeError:  # an operator without a derivative: rows count alike
+            return
         for path, gradient in zip(marked, gradients, strict=True):
             if gradient is not None:
                 yield path, gradient

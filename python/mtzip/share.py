@@ -252,6 +252,15 @@ def leaves(network: nn.Module) -> Iterator[tuple[str, SharedLayer]]:
             yield path, module
 
 
+def check_name(task: Any) -> None:
+    """ValueError for what cannot name a task."""
+    if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task) or task == "training":
+        raise ValueError(
+            f"a task's name must be a non-empty string without '.' that is no attribute of nn.ModuleDict, "
+            f"got {task!r}; the keys of the state dict are networks.<task>.<path>: choose another name"
+        )
+
+
 class ZippedNetwork(nn.Module):
     """Several networks, one per task, that store the weights they share once.
 
@@ -266,11 +275,7 @@ class ZippedNetwork(nn.Module):
         super().__init__()
         self.networks = nn.ModuleDict()
         for task, network in networks.items():
-            if not isinstance(task, str) or not task or "." in task or hasattr(self.networks, task):
-                raise ValueError(
-                    f"a task's name must be a non-empty string without '.' that is no attribute of nn.ModuleDict, "
-                    f"got {task!r}; the keys of the state dict are networks.<task>.<path>: choose another name"
-                )
+            check_name(task)
             self.networks[task] = network
         self.training = self.networks.training = any(network.training for network in networks.values())
         self.report = report

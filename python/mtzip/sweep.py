@@ -161,6 +161,11 @@ class Sweep:
         inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
         sizes = enough(view, inputs, *MOMENT_SAMPLES)
         moment, target = collect(view, _heads(inputs, sizes), _heads(outputs, sizes))
+        if not (torch.isfinite(moment.mean).all() and torch.isfinite(target.variance).all()):
+            raise ValueError(
+                f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
+                "expected finite values; check the network and its inputs"
+            )
         network = self.networks[task]
         weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
         bias = weight.new_zeros(len(weight))

@@ -15,7 +15,7 @@ from .inputs import calibration_batches, device_of
 from .permute import verify_axes
 from .report import Private, Report
 from .sensitivity import sensitivities
-from .share import LEAVES, ZippedNetwork
+from .share import LEAVES, ZippedNetwork, check_name
 from .sweep import Options, Sweep
 from .trace.analysis import Analysis
 from .trace.correspond import AxisGroup, correspond
@@ -150,8 +150,7 @@ def _check(networks, inputs, share, method, matching, damping, reconstructions, 
     if not networks:
         raise ValueError("networks must hold at least one network, got none")
     for task, network in networks.items():
-        if not isinstance(task, str) or not task or "." in task:
-            raise ValueError(f"task names must be non-empty strings without a dot, got {task!r}")
+        check_name(task)
         if not isinstance(network, nn.Module):
             raise TypeError(f"networks[{task!r}] must be an nn.Module, got {type(network).__name__}")
     if set(networks) != set(inputs):

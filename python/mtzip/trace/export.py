@@ -65,7 +65,16 @@ def export(task: str, network: nn.Module, batch: Batch) -> Exported:
         ZipError: the network cannot be exported; says where and what to do.
     """
     network = evaluation_copy(network)
-    example = _example(batch)
+    try:
+        return _export(task, network, _example(batch))
+    except ZipError:
+        # A forward that fixes the batch size runs on whole batches only.
+        if _example(batch).size == batch.size:
+            raise
+    return _export(task, network, Batch(batch.args, batch.kwargs))
+
+
+def _export(task: str, network: nn.Module, example: Batch) -> Exported:
     size = example.size
 
     def dims(leaf):
@@ -133,8 +142,8 @@ def _functionalise(graph: fx.Graph) -> None:
 def _example(batch: Batch) -> Batch:
     """Two or three samples; a single one is repeated."""
     size = batch.size
-    if size > 3:
-        return batch.narrow(0, 3)
+    if size > 1:
+        return Batch(batch.args, batch.kwargs).narrow(0, min(size, 3))
 
     def repeat(leaf):
         batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size
