@@ -53,3 +53,41 @@ def test_every_operator_has_its_stem_in_every_folder():
         assert list((ROOT / "csrc/cpu").rglob(f"{stem}.cpp")), f"csrc/cpu has no {stem}.cpp"
         for folder, name in (("mtz_ext/ops", f"{stem}.py"), ("tests", f"test_{stem}.py"), ("bench", f"{stem}.py")):
             assert (ROOT / folder / name).exists(), f"{folder} has no {name}"
+
+
+#: What the files of python/mtzip may not know: a stage knows the ones before it.
+STAGES = {
+    "trace": {"moments", "solve", "match", "columns", "merge", "sweep", "zip", "retrain", "save", "share", "report"},
+    "inputs.py": {"trace", "share", "merge", "zip"},
+    "share.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retrain", "save", "inputs"},
+    "moments.py": {"trace", "solve", "match", "share", "merge", "sweep", "zip"},
+    "solve.py": {"trace", "match", "share", "merge", "sweep", "zip"},
+    "match.py": {"trace", "merge", "sweep", "zip", "columns"},
+    "merge.py": {"sweep", "zip", "retrain", "save", "execute", "report"},
+    "sweep.py": {"zip", "retrain", "save"},
+    "zip.py": {"retrain", "save", "cli"},
+    "retrain.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "save"},
+    "save.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retrain"},
+    "report.py": {"trace", "merge", "sweep", "zip", "share"},
+}
+
+
+def relative_imports(file: Path) -> set[str]:
+    """First names of what a file of python/mtzip imports from the package, as files of its top folder."""
+    found = set()
+    depth = len(file.relative_to(ROOT / "python/mtzip").parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {name.partition(".")[0] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_does_not_know_the_stages_after_it(stage):
+    path = ROOT / "python/mtzip" / stage
+    files = [path] if path.suffix else list(path.rglob("*.py"))
+    assert files
+    for file in files:
+        wrong = relative_imports(file) & STAGES[stage]
+        assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"

@@ -833,7 +833,7 @@ def test_activations_that_overflow_are_an_error_and_not_a_network_of_nans():
     networks, data = pair(mlp), inputs(6)
     networks["b"][0].weight.data.mul_(1e30)
     networks["b"][2].weight.data.mul_(1e30)
-    with pytest.raises(ValueError, match="'b'.*NaN or Inf"):
+    with pytest.raises(ValueError, match=r"'b'.*NaN or Inf"):
         zip_pair(networks, data)
 
 

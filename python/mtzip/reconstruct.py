@@ -3,8 +3,9 @@
 Behind a ReLU a negative pre-activation may be anything negative, and behind a max-pooling only the winner counts. The
 squared error after the activation is majorised at the current output y: where the original's z is what passes, the
 target is z; elsewhere anything up to what does pass costs nothing, so the target is y itself, cut off there. Each
-substitution is one more least-squares problem with the same matrix (majorise-minimise: the error after the activation
-never rises but for damping).
+substitution is one more least-squares problem with the same matrix (majorise-minimise: never does the bound rise that
+it minimises, the error of what passed in the original plus what exceeds it elsewhere, but for damping; the error after
+the activation is no larger).
 """
 
 from __future__ import annotations
