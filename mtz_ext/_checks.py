@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -49,8 +51,10 @@ def no_gradient(op: str, **tensors: object) -> None:
 def broadcast_batch(op: str, **tensors: tuple[torch.Tensor, int]) -> list[int]:
     """Leading dimensions of all tensors, each given with the number of its own trailing dimensions, broadcast."""
     batches = {name: list(t.shape[: t.dim() - own]) for name, (t, own) in tensors.items()}
-    result: list[int] = []
-    for batch in batches.values():
+    result, *others = batches.values()
+    if all(batch == result for batch in others):
+        return result
+    for batch in others:
         longer, shorter = (result, batch) if len(result) >= len(batch) else (batch, result)
         shorter = [1] * (len(longer) - len(shorter)) + shorter
         result = []
@@ -64,8 +68,10 @@ def broadcast_batch(op: str, **tensors: tuple[torch.Tensor, int]) -> list[int]:
 
 def as_batch(tensor: torch.Tensor, batch: list[int], own: int) -> torch.Tensor:
     """[..., own dimensions] -> [prod(batch), own dimensions], a view wherever strides allow one."""
-    tail = tensor.shape[tensor.dim() - own :]
-    count = 1
-    for size in batch:
-        count *= size
-    return tensor.expand(*batch, *tail).reshape(count, *tail)
+    lead = tensor.dim() - own
+    if lead == 0 and not batch:
+        return tensor.unsqueeze(0)
+    if lead == 1 and tensor.shape[0] == batch[0] and len(batch) == 1:
+        return tensor
+    tail = tensor.shape[lead:]
+    return tensor.expand(*batch, *tail).reshape(math.prod(batch), *tail)

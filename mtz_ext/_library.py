@@ -13,7 +13,7 @@ LIBRARY = torch.library.Library("mtz", "DEF")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Define ``mtz::schema``, implement it on CPU and CUDA (one function serves both), and return the overload to call."""
+    """Define ``mtz::schema``, implement it on CPU and CUDA (one function serves both); return the overload to call."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

@@ -10,8 +10,8 @@ try:
     import _mtz_ext as native
 except ImportError as error:
     raise ImportError(
-        "the native module _mtz_ext was not found or does not load; build it with `pip install .` in the repository root "
-        f"({error})"
+        "the native module _mtz_ext was not found or does not load; "
+        f"build it with `pip install .` in the repository root ({error})"
     ) from error
 
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device
 
 
 def near_rows(n: int, d: int, gap: float = 1e-4, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple:
-    """a, b [n, d]: row i of b is row i of a moved by `gap` times the row's length. Nearly equal neurons, all others far."""
+    """a, b [n, d]: row i of b is row i of a moved by `gap` times the row's length; all other rows are far."""
     a = randn(n, d, seed=seed, dtype=torch.float64)
     step = randn(n, d, seed=seed + 1, dtype=torch.float64)
     b = a + gap * a.norm(dim=-1, keepdim=True) * step / step.norm(dim=-1, keepdim=True)
@@ -44,7 +44,7 @@ def damped_inverse(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[*batch, d, d]: inverse of a second moment over `samples` vectors (4 d by default), damped relative to its mean diagonal."""
+    """[*batch, d, d]: inverse of a damped second moment of normal vectors, `samples` of them (4 d + 1 by default)."""
     samples = 4 * d + 1 if samples is None else samples
     x = randn(*batch, samples, d, seed=seed, dtype=torch.float64)
     moment = x.mT @ x / samples

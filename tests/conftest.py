@@ -43,8 +43,8 @@ def isa(request: pytest.FixtureRequest):
 def same_on_any_threads(monkeypatch: pytest.MonkeyPatch):
     """Checks that a function's result is the same, bit for bit, on 1, 2, 3 and 5 threads.
 
-    By what mtz_ext reads, not by torch.set_num_threads: torch 2.13's LU factorisation gives wrong results in a process that
-    has called that twice. test_registration calls it, in a process of its own.
+    By what mtz_ext reads, not by torch.set_num_threads: torch 2.13's LU factorisation gives wrong results in a process
+    that has called that twice. test_registration calls it, in a process of its own.
     """
 
     def check(function: Callable[[], torch.Tensor]) -> None:
@@ -61,7 +61,7 @@ def same_on_any_threads(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session")
 def assert_within():
-    """assert_within(got, expected, bound, scale): |got - expected| <= bound * scale everywhere; scale is |expected| by default."""
+    """assert_within(got, expected, bound, scale=|expected|): |got - expected| <= bound * scale everywhere."""
     return _assert_within
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hypothesis
-import mtz_ext
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from mtz_ext import reference
 
+import mtz_ext
+from mtz_ext import reference
 from tests import cases
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -58,7 +58,7 @@ def check(x, arguments, dtype, assert_within):
     got, expected = mtz_ext.conv2d_second_moment(x, *arguments), reference.conv2d_second_moment(x, *arguments)
     assert got.dtype == dtype
     if expected.numel():
-        # where an offset sees few pixels the border strips leave little of the whole: its rounding stays. Measured 7e-7.
+        # where an offset sees few pixels the border strips leave little of the whole, whose rounding stays: measured 7e-7
         assert_within(got, expected, BOUND[dtype], scale(expected).clamp_min(expected.abs().max() * 0.1))
     assert torch.equal(got, got.mT), "exactly symmetric"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import hypothesis
-import mtz_ext
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from mtz_ext import reference
 from scipy.optimize import linear_sum_assignment
 
+import mtz_ext
+from mtz_ext import reference
 from tests import cases
 
 
@@ -126,6 +126,9 @@ def test_strides_and_threads(same_on_any_threads):
     expected = mtz_ext.match_neurons(view.contiguous(), 15, "greedy")
     assert torch.equal(mtz_ext.match_neurons(view, 15, "greedy"), expected)
     same_on_any_threads(lambda: mtz_ext.match_neurons(wide, None, "greedy"))
+    large = cases.randn(400, 300)
+    same_on_any_threads(lambda: mtz_ext.match_neurons(large, None, "greedy"))
+    same_on_any_threads(lambda: mtz_ext.match_neurons(large.abs().cumsum(0).cumsum(1), None, "greedy"))
     same_on_any_threads(lambda: mtz_ext.match_neurons(wide, 33, "optimal"))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hypothesis
-import mtz_ext
 import pytest
 import torch
 from hypothesis import strategies as st
-from mtz_ext import reference
 
+import mtz_ext
+from mtz_ext import reference
 from tests import cases
 
 # Measured maxima over these cases: float32 4.8e-7, float64 9e-16.
@@ -132,8 +132,16 @@ def test_inputs_are_left_alone(device):
         ((torch.ones(3, 4), torch.ones(3, 5)), ValueError, r"b must have shape \[\.\.\., m, 4\].*got \[3, 5\]"),
         ((torch.ones(4), torch.ones(3, 4)), ValueError, r"a must have at least 2 dimensions, got shape \[4\]"),
         ((torch.ones(2, 3, 4), torch.ones(3, 3, 4)), ValueError, r"leading dimensions .* a \[2\], b \[3\]"),
-        ((torch.ones(3, 4), torch.ones(3, 4), torch.ones(5, 2)), ValueError, r"factor must have shape \[\.\.\., 4, r\]"),
-        ((torch.ones(3, 4), torch.ones(3, 4).double()), TypeError, r"b must be torch.float32 as a is, got torch.float64"),
+        (
+            (torch.ones(3, 4), torch.ones(3, 4), torch.ones(5, 2)),
+            ValueError,
+            r"factor must have shape \[\.\.\., 4, r\]",
+        ),
+        (
+            (torch.ones(3, 4), torch.ones(3, 4).double()),
+            TypeError,
+            r"b must be torch.float32 as a is, got torch.float64",
+        ),
         ((torch.ones(3, 4).long(), torch.ones(3, 4).long()), TypeError, r"a must be float32 .* got int64"),
         ((torch.ones(3, 4, requires_grad=True), torch.ones(3, 4)), ValueError, r"a requires grad, .* a\.detach\(\)"),
     ],

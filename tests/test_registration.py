@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import mtz_ext
 import pytest
 import torch
-from mtz_ext import _native
 
+import mtz_ext
+from mtz_ext import _native
 from tests import cases
 
 ROOT = Path(__file__).parent.parent
@@ -89,14 +89,21 @@ def test_other_devices_are_refused():
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
 def test_native_module_is_found_from_anywhere(tmp_path):
-    """In the repository root the source folder mtz_ext hides an installed one; the native module must be found all the same."""
+    """Also in the repository root, where the source folder mtz_ext hides an installed one."""
     for folder in (ROOT, tmp_path):
-        done = python("import mtz_ext, torch; print(mtz_ext.neuron_distances(torch.ones(1, 2), torch.zeros(1, 2)).item())", folder)
+        done = python(
+            "import mtz_ext, torch; print(mtz_ext.neuron_distances(torch.ones(1, 2), torch.zeros(1, 2)).item())", folder
+        )
         assert done.stdout.strip() == "1.0", done.stderr
 
 

@@ -11,20 +11,29 @@ namespace {
 
 struct Method {
     bool shifts = false;
+    double instructions = 0;
     ShiftPlan full, half;
 
     explicit Method(const Conv2dSecondMomentArgs& g) {
-        if (g.stride[0] != 1 || g.stride[1] != 1) return;
         const std::int64_t panel = 64 / std::int64_t(scalar_size(g.in)), per_group = g.channels / g.groups;
         const std::int64_t offsets = g.kernel[0] * g.kernel[1];
+        const double columns = double((per_group * offsets + panel - 1) / panel);
+        const double unfolded = columns * (columns + 1) / 2 * double(g.output[0] * g.output[1]);
+        instructions = double(g.groups * g.samples * panel) * unfolded;
+        if (g.stride[0] != 1 || g.stride[1] != 1) return;
         if (offsets > 225) return;  // a plan of offsets^2 blocks is no longer small
         half = make_shift_plan(g, true);
         full = make_shift_plan(g, false);
         const double panels = double((per_group + panel - 1) / panel);
-        const double columns = double((per_group * offsets + panel - 1) / panel);
         const double shifted = panels * (panels - 1) / 2 * double(full.positions) + panels * double(half.positions);
-        const double unfolded = columns * (columns + 1) / 2 * double(g.output[0] * g.output[1]);
         shifts = shifted < unfolded;
+        if (shifts) instructions *= shifted / unfolded;
+    }
+
+    // Threads that the work is worth; see cpu/isa/threads.h.
+    int worth(int threads) const {
+        const double most = 1 + instructions / 16384;
+        return most < threads ? int(most) : threads;
     }
 
     ShiftPlans plans() const { return {view(half), view(full)}; }
@@ -48,6 +57,7 @@ bool nothing_to_sum(const Conv2dSecondMomentArgs& g) {
 std::size_t conv2d_second_moment_workspace(const Conv2dSecondMomentArgs& g, int threads) {
     if (!supported(g) || nothing_to_sum(g)) return 0;
     const Method method(g);
+    threads = method.worth(threads);
     if (!method.shifts) MTZ_DISPATCH(second_moment_by_unfolding_workspace(g, threads))
     MTZ_DISPATCH(second_moment_by_shifts_workspace(g, method.plans(), threads))
 }
@@ -62,6 +72,7 @@ Status conv2d_second_moment(const Conv2dSecondMomentArgs& g, void* workspace, in
         return {};
     }
     const Method method(g);
+    threads = method.worth(threads);
     if (!method.shifts) MTZ_DISPATCH(second_moment_by_unfolding(g, workspace, threads))
     MTZ_DISPATCH(second_moment_by_shifts(g, method.plans(), workspace, threads))
 }

@@ -97,6 +97,12 @@ void match_one(const MatchNeuronsArgs& g, Index p, char* slot, int threads) {
     std::copy(found, found + 2 * g.count, pairs);
 }
 
+// Threads that the work is worth: it reads every cost a few times.
+int worth(const MatchNeuronsArgs& g, int threads) {
+    const double most = 1 + double(g.batch * g.n * g.m) / 16384;
+    return most < threads ? int(most) : threads;
+}
+
 template <class T>
 void run(const MatchNeuronsArgs& g, char* workspace, int threads) {
     if (!share_matrices(g, threads)) {
@@ -120,10 +126,12 @@ void match_optimally(Costs<T> costs, Index count, void* work,
                      Index* pairs){MTZ_DISPATCH(match_optimally(costs, count, work, pairs))}
 
 std::size_t match_neurons_workspace(const MatchNeuronsArgs& g, int threads) {
+    threads = worth(g, threads);
     return share_matrices(g, threads) ? slot_bytes(g, 1) * std::min<Index>(threads, g.batch) : slot_bytes(g, threads);
 }
 
 Status match_neurons(const MatchNeuronsArgs& g, void* workspace, int threads) {
+    threads = worth(g, threads);
     if (g.scalar == Scalar::float32)
         run<float>(g, static_cast<char*>(workspace), threads);
     else if (g.scalar == Scalar::float64)

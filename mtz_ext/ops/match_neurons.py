@@ -22,9 +22,9 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
     count : int, optional
         Number of pairs, at most min(n, m); all min(n, m) by default.
     method : "optimal" or "greedy"
-        "optimal": the `count` pairs of least total cost, exactly, at any size. That is not the cheapest `count` pairs of a
-        full assignment, which is worse than greedy. "greedy": take the cheapest pair that is still free, again and again
-        (as He, Zhou, Thiele 2018 do); faster.
+        "optimal": the `count` pairs of least total cost, exactly, at any size. That is not the cheapest `count` pairs
+        of a full assignment, which is worse than greedy. "greedy": take the cheapest pair that is still free, again
+        and again (as He, Zhou, Thiele 2018 do); faster.
 
     Returns
     -------
@@ -52,7 +52,8 @@ def _check(distances: torch.Tensor, count: int, method: str) -> None:
         raise ValueError(f"{_NAME}: method must be one of {', '.join(_METHODS)}, got {method!r}")
     if count < 0 or count > min(n, m):
         raise ValueError(
-            f"{_NAME}: count must be from 0 to min(n, m) = {min(n, m)} for distances {_checks.shape(distances)}, got {count}"
+            f"{_NAME}: count must be from 0 to min(n, m) = {min(n, m)} for distances {_checks.shape(distances)}, "
+            f"got {count}"
         )
 
 

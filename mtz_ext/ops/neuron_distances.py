@@ -34,9 +34,10 @@ def neuron_distances(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | No
 
     Notes
     -----
-    Nearly equal neurons are the ones that matter, and every pair comes out right to 1e-6 relative (float32) however close
-    the rows are: differences are taken before squares, in float64 where there is a factor. Equal rows give 0. NaN and Inf
-    spread to their own pairs only, except from `factor`. Not differentiable; inputs that require grad are refused.
+    Nearly equal neurons are the ones that matter, and every pair comes out right to 1e-6 relative (float32) however
+    close the rows are: differences are taken before squares, in float64 where there is a factor. Equal rows give 0. NaN
+    and Inf spread to their own pairs only, except from `factor`. Not differentiable: inputs that require grad are
+    refused.
     Equivalent to ``0.5 * torch.cdist(a @ F, b @ F, compute_mode="donot_use_mm_for_euclid_dist") ** 2`` in float64.
 
     Raises
@@ -57,7 +58,8 @@ def _shape(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None) -> lis
     _checks.alike(_NAME, "a", a, "b", b)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
-            f"{_NAME}: b must have shape [..., m, {a.shape[-1]}] to go with a {_checks.shape(a)}, got {_checks.shape(b)}"
+            f"{_NAME}: b must have shape [..., m, {a.shape[-1]}] to go with a {_checks.shape(a)}, "
+            f"got {_checks.shape(b)}"
         )
     if factor is None:
         return _checks.broadcast_batch(_NAME, a=(a, 2), b=(b, 2))

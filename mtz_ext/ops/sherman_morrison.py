@@ -36,15 +36,16 @@ def sherman_morrison_(
 
     Notes
     -----
-    A^-1 - w A^-1 x x^T A^-1 / (1 + w x^T A^-1 x) (Sherman and Morrison 1950), taken in blocks (Woodbury). Positive weights
-    go first, so that only an update whose *end* is indefinite is refused. A matrix that is refused stays as it was, bit for
-    bit, and the others are updated. In float32 start from a damped inverse: from 1e6 I the relative error is above 1.
+    A^-1 - w A^-1 x x^T A^-1 / (1 + w x^T A^-1 x) (Sherman and Morrison 1950), taken in blocks (Woodbury). Positive
+    weights go first, so that only an update whose *end* is indefinite is refused. A matrix that is refused stays as it
+    was, bit for bit, and the others are updated. In float32 start from a damped inverse (relative error below 2e-5):
+    from 1e6 I it is above 1.
 
     Raises
     ------
     ValueError
-        Shapes do not fit; with `check`, an update that would make a matrix indefinite or that meets NaN or Inf: the message
-        says which matrices.
+        Shapes do not fit; with `check`, an update that would make a matrix indefinite or that meets NaN or Inf: the
+        message says which matrices.
     TypeError
         Element types differ or are neither float32 nor float64.
     """
@@ -74,7 +75,8 @@ def _shape(inverse: torch.Tensor, vectors: torch.Tensor, weight: torch.Tensor) -
     batch = list(inverse.shape[:-2])
     if _checks.broadcast_batch(_NAME, inverse=(inverse, 2), vectors=(vectors, 2)) != batch:
         raise ValueError(
-            f"{_NAME}: leading dimensions of vectors must broadcast to those of inverse, {batch}, got {_checks.shape(vectors)}"
+            f"{_NAME}: leading dimensions of vectors must broadcast to those of inverse, {batch}, "
+            f"got {_checks.shape(vectors)}"
         )
     if weight.dim() and (
         weight.shape[-1] not in (1, k)

@@ -12,10 +12,11 @@
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-constexpr Index kRunOfPositions = 128;       // summed in registers
-constexpr Index kChunk = 512;                // positions added up before float64 takes over
-constexpr Index kTermsOfTask = 8;            // enough work on a chunk while it is in cache
-constexpr Index kSumBytes = Index(4) << 20;  // of term sums kept at a time
+constexpr Index kRunOfPositions = 128;  // summed in registers
+constexpr Index kChunk = 512;           // positions added up before float64 takes over
+constexpr Index kTermsOfTask = 8;       // enough work on a chunk while it is in cache
+// Bytes of term sums kept at a time, between these half the size of the input.
+constexpr Index kLeastSumBytes = Index(1) << 18, kMostSumBytes = Index(4) << 20;
 
 inline Index larger(Index a, Index b) {
     return a > b ? a : b;
@@ -28,15 +29,15 @@ struct Shifts {
     const ShiftPlans& plans;
     Index channels, panels, pairs, positions, terms, wave;
 
-    Shifts(const Conv2dSecondMomentArgs& args, const ShiftPlans& shift_plans, int threads)
-        : g(args), plans(shift_plans) {
+    Shifts(const Conv2dSecondMomentArgs& args, const ShiftPlans& shift_plans) : g(args), plans(shift_plans) {
         channels = g.channels / g.groups;
         panels = ceil_div(channels, P);
         pairs = panels * (panels + 1) / 2;
         positions = g.height * g.width;
         terms = larger(plans.full.term_count, plans.half.term_count);
-        const Index fit = kSumBytes / (terms * P * P * Index(sizeof(double)));
-        wave = smaller(g.groups * pairs, larger(fit, threads));
+        const Index input = g.samples * g.channels * positions * Index(sizeof(T));
+        const Index bytes = smaller(kMostSumBytes, larger(kLeastSumBytes, input / 2));
+        wave = smaller(g.groups * pairs, larger(1, bytes / (terms * P * P * Index(sizeof(double)))));
     }
 
     Index packed_size() const { return g.groups * panels * g.samples * positions * P; }
@@ -180,13 +181,13 @@ struct Shifts {
 
 template <class T>
 std::size_t workspace(const Conv2dSecondMomentArgs& g, const ShiftPlans& plans, int threads) {
-    const Shifts<T> shifts(g, plans, threads);
+    const Shifts<T> shifts(g, plans);
     return shifts.sums_size() * sizeof(double) + (shifts.packed_size() + threads * shifts.tiles_size()) * sizeof(T);
 }
 
 template <class T>
 void run(const Conv2dSecondMomentArgs& g, const ShiftPlans& plans, void* work, int threads) {
-    const Shifts<T> shifts(g, plans, threads);
+    const Shifts<T> shifts(g, plans);
     double* sums = static_cast<double*>(work);
     T* packed = reinterpret_cast<T*>(sums + shifts.sums_size());
     if (!shifts.pack(packed, threads))

@@ -31,7 +31,7 @@ struct Unfolding {
         panels = ceil_div(side, P);
         lines = g.samples * g.output[0];
         const Index input = g.samples * g.channels * g.height * g.width * Index(sizeof(T));
-        const Index bytes = smaller(larger(input, Index(1) << 20), Index(64) << 20);
+        const Index bytes = smaller(larger(input, Index(1) << 18), Index(64) << 20);
         lines_at_once = smaller(lines, larger(1, bytes / (panels * P * g.output[1] * Index(sizeof(T)))));
     }
 

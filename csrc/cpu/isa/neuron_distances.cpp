@@ -12,6 +12,7 @@ namespace {
 template <class Op, class In, class T, class Out>
 void all_pairs(Index batch, Index n, Index m, Index d, const Matrices& a, const Matrices& b, T scale, Out* out,
                T* workspace, int threads) {
+    threads = worth(threads, double(batch * n * m) * double(d) / kPanel<T>);
     const Blocks blocks = choose_blocks<T>(batch, n, m, threads);
     const Index per_matrix = blocks.down * blocks.across, tasks = batch * per_matrix;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -28,8 +29,9 @@ void all_pairs(Index batch, Index n, Index m, Index d, const Matrices& a, const 
 }
 
 template <class T>
-std::size_t pairs_workspace(Index batch, Index n, Index m, int threads) {
+std::size_t pairs_workspace(Index batch, Index n, Index m, Index d, int threads) {
     if (batch * n * m == 0) return 0;
+    threads = worth(threads, double(batch * n * m) * double(d) / kPanel<T>);
     return sizeof(T) * threads * block_workspace<T>(choose_blocks<T>(batch, n, m, threads));
 }
 
@@ -48,8 +50,8 @@ void project(const ProjectionArgs& g, void* workspace, int threads) {
 }  // namespace
 
 std::size_t neuron_distances_workspace(const NeuronDistancesArgs& g, int threads) {
-    return g.in == Scalar::float64 ? pairs_workspace<double>(g.batch, g.n, g.m, threads)
-                                   : pairs_workspace<float>(g.batch, g.n, g.m, threads);
+    return g.in == Scalar::float64 ? pairs_workspace<double>(g.batch, g.n, g.m, g.d, threads)
+                                   : pairs_workspace<float>(g.batch, g.n, g.m, g.d, threads);
 }
 
 Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, int threads) {
@@ -66,7 +68,7 @@ Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, int threa
 }
 
 std::size_t projection_workspace(const ProjectionArgs& g, int threads) {
-    return pairs_workspace<double>(g.batch, g.n, g.r, threads);
+    return pairs_workspace<double>(g.batch, g.n, g.r, g.d, threads);
 }
 
 Status projection(const ProjectionArgs& g, void* workspace, int threads) {

@@ -31,20 +31,40 @@ inline double rounding(Index d) {
     return 16 * eps * __builtin_sqrt(double(d));
 }
 
-// y[j] = sqrt|w| x[j], for one vector; the sign of w. The square root keeps both factors of w y y^T in range.
-template <class T, class Store>
-inline double scaled_vector(const ShermanMorrisonArgs& g, Index p, Index q, double w, Store&& put) {
-    const T* x = static_cast<const T*>(g.vectors.data) + p * g.vectors.batch_stride + q * g.vectors.row_stride;
-    const T root = T(__builtin_sqrt(w < 0 ? -w : w));
-    for (Index j = 0; j < g.d; ++j) put(j, root * x[j * g.vectors.column_stride]);
-    return w < 0 ? -1 : 1;
+// The next P vectors of an update, scaled: a panel y [d, P] with y[j, i] = sqrt|w_i| x_i[j], and the signs of the weights.
+// The square root keeps both factors of w x x^T in range. Vectors that are missing are zero, of positive sign.
+template <class T>
+inline void next_vectors(const ShermanMorrisonArgs& g, Index p, VectorOrder& order, T* y, double* sign) {
+    constexpr Index P = kPanel<T>, lanes = Simd<T>::kLanes;
+    const T* x = static_cast<const T*>(g.vectors.data) + p * g.vectors.batch_stride;
+    const T* rows[P];
+    T root[P];
+    bool scaled = false;
+    for (Index i = 0; i < P; ++i) {
+        Index q;
+        double w;
+        const bool more = order.next(q, w);
+        rows[i] = more ? x + q * g.vectors.row_stride : nullptr;
+        root[i] = more ? T(__builtin_sqrt(w < 0 ? -w : w)) : T(0);
+        sign[i] = more && w < 0 ? -1 : 1;
+        scaled |= root[i] != 1;
+    }
+    pack_panel_of<T>([&](Index i) { return rows[i]; }, g.vectors.column_stride, g.d, y);
+    if (!scaled) return;
+    for (Index c = 0; c < P; c += lanes) {
+        const Vector<T> factor = load(root + c);
+        for (Index j = 0; j < g.d; ++j) store(y + j * P + c, load(y + j * P + c) * factor);
+    }
 }
 
 // Copies the upper triangle of a tile on the diagonal into the lower one.
 template <class T>
 inline void mirror_diagonal(T* tile, Index row) {
-    for (Index i = 1; i < kPanel<T>; ++i)
-        for (Index j = 0; j < i; ++j) tile[i * row + j] = tile[j * row + i];
+    constexpr Index P = kPanel<T>;
+    T mirrored[P * P];
+    transpose_tile(tile, row, mirrored, P);
+    for (Index i = 0; i < P; ++i)
+        for (Index j = 0; j < P; ++j) tile[i * row + j] = j < i ? mirrored[i * P + j] : tile[i * row + j];
 }
 
 }  // namespace mtz::cpu::MTZ_ISA

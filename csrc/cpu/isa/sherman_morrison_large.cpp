@@ -25,6 +25,7 @@ struct Block {
     T* u;       // [n, count, P]
     T* packed;  // [threads, kColumns, P]
     double* s;  // [count, count]
+    T* l;       // [count, count]
 
     // V = Y A^-1. By symmetry a panel of columns of A^-1 is packed from its rows, which are contiguous.
     void multiply() const {
@@ -43,7 +44,7 @@ struct Block {
         }
     }
 
-    // S = V Y^T, lower triangle.
+    // S = V Y^T, the lower triangle mirrored.
     void small_product() const {
         const Index across = count / P;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -55,7 +56,8 @@ struct Block {
                 add_tile<T, Product>(vt + (i * n * P + k) * P, y + (j * n * P + k) * P,
                                      straight(smaller(kColumns, n * P - k), P, P), tile);
             for (Index r = 0; r < P; ++r)
-                for (Index c = 0; c < P; ++c) s[(i * P + r) * count + j * P + c] = double(tile[r * P + c]);
+                for (Index c = 0; c < P; ++c)
+                    s[(i * P + r) * count + j * P + c] = s[(j * P + c) * count + i * P + r] = double(tile[r * P + c]);
         }
     }
 
@@ -65,7 +67,7 @@ struct Block {
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : worst)
         for (Index j = 0; j < n; ++j) {
             T *vj = v + j * count * P, *uj = u + j * count * P;
-            solve_panel(s, pivot, count, vj, uj);
+            solve_panel(l, pivot, count, vj, uj);
             for (Index c = 0; c < smaller(P, g.d - j * P); ++c) {
                 double diagonal = double(inverse[(j * P + c) * (row + 1)]);
                 for (Index r = 0; r < count; ++r) diagonal += double(uj[r * P + c]) * double(vj[r * P + c]);
@@ -115,7 +117,7 @@ struct Sizes {
         : n(ceil_div(g.d, kPanel<T>)),
           count(smaller(kBlock, round_up(g.k, kPanel<T>))),
           vectors(n * kPanel<T> * count),
-          small((count * count + 2 * count) * Index(sizeof(double) / sizeof(T))),
+          small((count * count + 2 * count) * Index(sizeof(double) / sizeof(T)) + count * count),
           copy(g.k > count ? g.d * g.d : 0) {}
 };
 
@@ -133,6 +135,7 @@ int update_large(const ShermanMorrisonArgs& g, Index p, int threads, T* work) {
     const Sizes<T> sizes(g);
     double* s = reinterpret_cast<double*>(work);
     double *pivot = s + sizes.count * sizes.count, *sign = pivot + sizes.count;
+    T* l = reinterpret_cast<T*>(sign + sizes.count);
     T* y = work + sizes.small;
     T *vt = y + sizes.vectors, *v = vt + sizes.vectors, *u = v + sizes.vectors, *packed = u + sizes.vectors;
     T* copy = packed + threads * kColumns * P;
@@ -147,22 +150,17 @@ int update_large(const ShermanMorrisonArgs& g, Index p, int threads, T* work) {
     if (sizes.copy > 0) move(copy, g.d, inverse, row);  // a later block may fail after an earlier one was written
 
     VectorOrder order(g, p);
-    Index q, done = 0;
-    double w;
-    for (bool more = order.next(q, w); more;) {
+    for (Index done = 0; done < g.k;) {
         const Index count = smaller(sizes.count, round_up(g.k - done, P));
-        for (Index e = 0; e < n * P * count; ++e) y[e] = 0;
-        for (Index i = 0; i < count; ++i) {
-            sign[i] = 1;
-            if (!more) continue;
-            T* panel = y + i / P * n * P * P + i % P;
-            sign[i] = scaled_vector<T>(g, p, q, w, [&](Index j, T value) { panel[j * P] = value; });
-            more = order.next(q, w);
+        for (Index i = 0; i < count; i += P) {
+            T* panel = y + i * n * P;
+            next_vectors(g, p, order, panel, sign + i);
+            for (Index e = g.d * P; e < n * P * P; ++e) panel[e] = 0;
         }
-        const Block<T> block{g, inverse, row, n, count, threads, y, vt, v, u, packed, s};
+        const Block<T> block{g, inverse, row, n, count, threads, y, vt, v, u, packed, s, l};
         block.multiply();
         block.small_product();
-        int status = factor_pivots(s, sign, count, rounding<T>(g.d), pivot);
+        int status = factor_pivots(s, sign, count, rounding<T>(g.d), pivot, l);
         if (status == kUpdated) status = block.solve(pivot);
         if (status != kUpdated) {
             if (done > 0) move(inverse, row, copy, g.d);

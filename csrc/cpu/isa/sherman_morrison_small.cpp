@@ -26,9 +26,10 @@ int update_block(const Layout<T>& at, T* matrix, const T* y, const double* sign,
     add_tile<T, Product>(vt, y, straight(n * P, P, P), product);
     double s[P * P], pivot[P];
     for (Index e = 0; e < P * P; ++e) s[e] = double(product[e]);
-    const int status = factor_pivots(s, sign, P, rounding<T>(at.d), pivot);
+    T* l = product;
+    const int status = factor_pivots(s, sign, P, rounding<T>(at.d), pivot, l);
     if (status != kUpdated) return status;
-    for (Index j = 0; j < n; ++j) solve_panel(s, pivot, P, v + j * P * P, u + j * P * P);
+    for (Index j = 0; j < n; ++j) solve_panel(l, pivot, P, v + j * P * P, u + j * P * P);
     for (Index i = 0; i < n; ++i)
         for (Index j = i; j < n; ++j) {
             T* tile = matrix + i * P * at.row + j * P;
@@ -57,21 +58,18 @@ int update_small(const ShermanMorrisonArgs& g, Index p, T* work) {
     T* y = matrix + at.matrix();
     T *v = y + at.vectors(), *u = v + at.vectors(), *vt = u + at.vectors();
     T* inverse = static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
-    for (Index i = 0; i < at.panels * P; ++i)
-        for (Index j = 0; j < at.row; ++j)
-            matrix[i * at.row + j] = i < g.d && j < g.d ? inverse[i * g.inverse_row_stride + j] : T(0);
+    for (Index i = 0; i < at.panels * P; ++i) {
+        T* row = matrix + i * at.row;
+        const Index filled = i < g.d ? g.d : 0;
+        for (Index j = 0; j < filled; ++j) row[j] = inverse[i * g.inverse_row_stride + j];
+        for (Index j = filled; j < at.row; ++j) row[j] = 0;
+    }
+    for (Index e = g.d * P; e < at.vectors(); ++e) y[e] = 0;
 
     VectorOrder order(g, p);
-    for (bool more = true; more;) {
+    for (Index done = 0; done < g.k; done += P) {
         double sign[P];
-        for (Index e = 0; e < at.vectors(); ++e) y[e] = 0;
-        for (Index i = 0; i < P; ++i) {
-            Index q;
-            double w;
-            sign[i] = 1;
-            if (more && (more = order.next(q, w)))
-                sign[i] = scaled_vector<T>(g, p, q, w, [&](Index j, T value) { y[j * P + i] = value; });
-        }
+        next_vectors(g, p, order, y, sign);
         const int status = update_block(at, matrix, y, sign, v, u, vt);
         if (status != kUpdated) return status;
     }

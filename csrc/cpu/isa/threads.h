@@ -15,4 +15,11 @@ inline int thread_number() {
 #endif
 }
 
+// Threads that so many vector instructions are worth: waking one costs as much as some ten thousand of them, and much more
+// where the other cores are busy.
+inline int worth(int threads, double instructions) {
+    const double most = 1 + instructions / 16384;
+    return most < threads ? int(most) : threads;
+}
+
 }  // namespace mtz::cpu::MTZ_ISA
