@@ -52,6 +52,8 @@ def calibrated(network: nn.Module, x: torch.Tensor) -> nn.Module:
 
 
 def _take_statistics(norm, args) -> None:
+    if not norm.track_running_stats:
+        return
     x = args[0]
     variance, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
     norm.running_mean.copy_(mean)
@@ -87,6 +89,13 @@ def assert_finite(zipped, data) -> None:
         assert torch.isfinite(zipped[task](data[task]).double()).all(), task
 
 
+def bare_norms(track_running_stats: bool) -> nn.Sequential:
+    norm = {"affine": False, "track_running_stats": track_running_stats}
+    layers = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, **norm), nn.ReLU()]
+    layers += [nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5, **norm), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, 3))
+
+
 KINDS = {
     "mlp": (mlp, (6,)),
     "mlp without bias": (lambda: mlp(bias=False), (6,)),
@@ -95,6 +104,8 @@ KINDS = {
     "convolutions without BatchNorm": (lambda: Functional(batchnorm=False), IMAGE),
     "sequential": (functional_as_sequential, IMAGE),
     "conv1d": (conv1d_net, (3, 16)),
+    "BatchNorm without affine": (lambda: bare_norms(track_running_stats=True), IMAGE),
+    "BatchNorm without statistics": (lambda: bare_norms(track_running_stats=False), IMAGE),
     "residual": (Residual, IMAGE),
     "branches": (Branches, IMAGE),
 }
@@ -445,6 +456,30 @@ def test_three_networks(kind, method):
     assert [run.tasks for run in first.layout.rows] == [(0, 1, 2), (0,)]
 
 
+def test_three_networks_are_saved_loaded_and_retrained(tmp_path):
+    networks, data = {task: seeded(Functional, seed) for seed, task in enumerate("abc")}, inputs(*IMAGE)
+    zipped = zip_pair(networks, data, 0.75)
+    mtzip.save(zipped, tmp_path / "z.safetensors")
+    loaded = mtzip.load(tmp_path / "z.safetensors", {task: Functional() for task in "abc"}).eval()
+    assert all(torch.equal(loaded[task](data[task]), zipped[task](data[task])) for task in "abc")
+    before = sum(errors(zipped, networks, data).values())
+    for task in zipped:
+        zipped[task].drop.p = 0.0  # of seven neurons
+    mtzip.retrain(zipped, data, steps=30, progress=False)
+    assert sum(errors(zipped, networks, data).values()) < before
+
+
+def test_a_batchnorm_without_affine_cannot_turn_a_sign():
+    """A neuron and its negative are the same to a private scale, but not where there is none."""
+    data = inputs(*IMAGE)
+    data["b"] = data["a"]
+    networks = {task: calibrated(seeded(lambda: bare_norms(True)), data["a"]) for task in "ab"}
+    assert max(errors(zip_pair(networks, data), networks, data).values()) < 1e-4
+    networks["b"][0].weight.data[:3].neg_()
+    calibrated(networks["b"], data["b"])
+    assert max(errors(zip_pair(networks, data), networks, data).values()) < 1
+
+
 def test_three_copies_are_one():
     networks, data = {task: seeded(Functional) for task in "abc"}, inputs(*IMAGE)
     data = dict.fromkeys("abc", data["a"])
@@ -595,8 +630,8 @@ def test_a_constant_column_costs_nothing():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["mlp", "convolutions", "conv1d"])
-@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("kind", ["mlp", "convolutions"])
+@pytest.mark.parametrize("count", [1, 4])
 def test_fewer_samples_than_columns(method, kind, count):
     make, shape = KINDS[kind]
     networks, data = pair(make), inputs(*shape, count=count)
@@ -641,9 +676,9 @@ def test_neurons_that_are_all_zero(method):
     assert_finite(zipped, data)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "convolutions", "mlp with BatchNorm"])
+@pytest.mark.parametrize("kind", ["mlp", "convolutions"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["refit", "average"])
 def test_other_precisions(kind, dtype, method):
     make, shape = KINDS[kind]
     networks = {task: network.to(dtype) for task, network in pair(make).items()}

@@ -415,7 +415,7 @@ def install_shared(
         kernel = part.layer.kernel
         dtype, device = module.weight.dtype, module.weight.device
         private_shift = private_affine and part.layer.norm is None
-        row_runs = merge_runs_of(runs[task])
+        row_runs = runs[task]  # one for each set of tasks: slots are in that order
         whole = (Run((task,), sum(run.size for run in row_runs)),)
         has_bias = part.has_bias or private_shift
         bias_runs = None if not has_bias else row_runs if all_normed or part.constant == "shared" else whole
@@ -460,13 +460,6 @@ def assembled(runs: Sequence[Run], solved: Mapping, task: int) -> Rows:
     """All rows of a task in stored order."""
     pieces = [solved[run.tasks][2][task] for run in runs]
     return Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
-
-
-def merge_runs_of(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """The runs, checked: one run for each set of tasks."""
-    if len({run.tasks for run in runs}) != len(runs):
-        raise NotImplementedError("rows of the same tasks must be consecutive")
-    return runs
 
 
 def _names(layout: Layout) -> list[str]:

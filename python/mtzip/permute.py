@@ -47,8 +47,8 @@ def verify_axes(analysis: Analysis, task: int, correspondence: Correspondence) -
     expected = _outputs(analysis, analysis.exported.network)
     if not all(bool(torch.isfinite(output).all()) for output in expected):
         raise ValueError(
-            f"task {analysis.exported.task!r}: the network puts out NaN or Inf on its calibration inputs, expected finite "
-            "values; check the network and its inputs"
+            f"task {analysis.exported.task!r}: the network puts out NaN or Inf on its calibration inputs, "
+            "expected finite values; check the network and its inputs"
         )
     if not orders or _agrees(analysis, orders, expected):
         return

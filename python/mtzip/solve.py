@@ -89,7 +89,7 @@ class JointSystem:
         return out
 
     def factor(self, scales: list[float], exact: bool = False) -> Factor:
-        """Factorises sum_t s_t^2 Q_t for one scale a task; in float64 if ``exact``. Factors of small systems are kept."""
+        """Factorises sum_t s_t^2 Q_t for one scale a task; in float64 if ``exact``. Those of small systems are kept."""
         key = (*(round(float(scale), 6) for scale in scales), exact)
         found = self._factors.get(key)
         if found is None:

@@ -29,7 +29,8 @@ from .share import Run
 from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
-#: Positions to a column and samples that are enough for the moments of a layer, and for a substitution that corrects them.
+
+#: Positions to a column and samples that are enough for a layer's moments, and for a substitution that corrects them.
 MOMENT_SAMPLES = (64, 256)
 RECONSTRUCTION_SAMPLES = (20, 64)
 
@@ -79,7 +80,13 @@ class Sweep:
 
     def run(self) -> None:
         """Merges every group in graph order, then runs to the end."""
-        bar = tqdm(self.correspondence.layers, desc="zip", unit="layer", disable=None if self.options.progress else True, leave=False)
+        bar = tqdm(
+            self.correspondence.layers,
+            desc="zip",
+            unit="layer",
+            disable=None if self.options.progress else True,
+            leave=False,
+        )
         for group in bar:
             bar.set_postfix_str(group.name)
             for task, layer in group.layers.items():
