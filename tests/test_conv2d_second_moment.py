@@ -58,7 +58,7 @@ def check(x, arguments, dtype, assert_within):
     got, expected = mtz_ext.conv2d_second_moment(x, *arguments), reference.conv2d_second_moment(x, *arguments)
     assert got.dtype == dtype
     if expected.numel():
-        # where an offset sees few pixels the border strips leave little of the whole, whose rounding stays: measured 7e-7
+        # where an offset sees few pixels the border strips leave little of the whole; its rounding stays: measured 7e-7
         assert_within(got, expected, BOUND[dtype], scale(expected).clamp_min(expected.abs().max() * 0.1))
     assert torch.equal(got, got.mT), "exactly symmetric"
 
