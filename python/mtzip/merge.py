@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mtz_ext
 
@@ -14,8 +14,7 @@ from . import match
 from .columns import Unknown, unknown_columns
 from .match import Slots
 from .moments import Moment, Target, cross_moment
-from .norms import refit_norm_, set_statistics_
-from .share import LEAVES, Layout, Run, SharedLayer, block_name, replace_module
+from .share import Run
 from .solve import JointSystem, Side, joint_rows
 from .trace.analysis import Analysis, Layer
 
@@ -384,148 +383,3 @@ def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | No
         weighting = parts[task].weighting if joint else None
         scales[task] = fitted[at] if weighting is None else fitted[at] / weighting[rows[task]]
     return theta, scales
-
-
-# -- installing ----------------------------------------------------------------------------------------------------
-
-
-def install_shared(
-    group: Mapping[int, Part],
-    networks: list[nn.Module],
-    runs: Mapping[int, tuple[Run, ...]],
-    solved: Mapping[tuple[int, ...], tuple[Unknown, Tensor, dict[int, Rows]]],
-    private_affine: bool,
-    set_network: Callable[[int, nn.Module], None],
-) -> None:
-    """Replaces the layers of a group by leaves whose blocks are shared.
-
-    Args:
-        group: task index to part.
-        networks: the networks being zipped, by task index.
-        runs: task index to the runs of its rows.
-        solved: tasks that store rows together to what :func:`solve_rows` returned.
-        private_affine: whether tasks without a BatchNorm keep a private scale and shift.
-        set_network: called with (task, network) where the layer was the whole network.
-    """
-    parameters: dict[tuple, nn.Parameter] = {}
-    all_normed = all(part.layer.norm is not None for part in group.values())
-    for task, part in group.items():
-        module = networks[task].get_submodule(part.layer.path)
-        leaf_class: type[SharedLayer] = LEAVES[type(module)]
-        kernel = part.layer.kernel
-        dtype, device = module.weight.dtype, module.weight.device
-        private_shift = private_affine and part.layer.norm is None
-        row_runs = runs[task]  # one for each set of tasks: slots are in that order
-        whole = (Run((task,), sum(run.size for run in row_runs)),)
-        has_bias = part.has_bias or private_shift
-        bias_runs = None if not has_bias else row_runs if all_normed or part.constant == "shared" else whole
-        scaled = sum(run.size for run in row_runs if len(run.tasks) > 1) if private_shift else 0
-        layout = Layout(task, row_runs, part.columns, bias_runs, scaled)
-        blocks: dict[str, nn.Parameter] = {}
-
-        trainable = module.weight.requires_grad
-
-        def parameter(key: tuple, value: Callable[[], Tensor], device=device, dtype=dtype, trainable=trainable):
-            if key not in parameters:
-                parameters[key] = nn.Parameter(value().to(device, dtype).contiguous(), trainable)
-            elif trainable:  # for one of its tasks
-                parameters[key].requires_grad_()
-            return parameters[key]
-
-        own = assembled(row_runs, solved, task)
-        for run in row_runs:
-            unknown, theta, _ = solved[run.tasks]
-            for tasks, where in unknown.blocks.items():
-                if task in tasks:
-                    shape = (run.size, -1, *kernel)
-                    value = lambda theta=theta, where=where, shape=shape: theta[where].T.reshape(shape)  # noqa: E731
-                    blocks[block_name(run, Run(tasks, 0))] = parameter((run.tasks, tasks), value)
-        if has_bias:
-            value = own.bias
-            if part.layer.norm is not None:
-                value = torch.zeros_like(value)  # the BatchNorm behind takes any constant away
-            start = 0
-            for run, name in zip(bias_runs, layout.bias_blocks(), strict=True):
-                piece = value[start : start + run.size]
-                blocks[name] = parameter(("bias", run.tasks), lambda piece=piece: piece)
-                start += run.size
-        if scaled:
-            scale = own.scale[:scaled]
-            blocks["scale"] = parameter(("scale", task), lambda scale=scale: scale)
-        leaf = leaf_class.wrap(module, layout, {name: blocks[name] for name in _names(layout)})
-        set_network(task, replace_module(networks[task], module, leaf))
-
-
-def assembled(runs: Sequence[Run], solved: Mapping, task: int) -> Rows:
-    """All rows of a task in stored order."""
-    pieces = [solved[run.tasks][2][task] for run in runs]
-    return Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
-
-
-def _names(layout: Layout) -> list[str]:
-    return [*layout.weight_blocks(), *layout.bias_blocks(), *(["scale"] if layout.scaled else [])]
-
-
-def install_private(part: Part, network: nn.Module, solved: Rows) -> None:
-    """Writes refitted rows into a layer that stays private."""
-    with torch.no_grad():
-        weight = part.analysis.exported.tensor(part.layer.weight, network)
-        weight.copy_((solved.weight * solved.scale[:, None]).view_as(weight))
-        if part.layer.bias is not None:
-            part.analysis.exported.tensor(part.layer.bias, network).copy_(solved.bias)
-
-
-def effective_rows(part: Part, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Weight [r, d] and bias [r] of what a layer puts out for its task, a BatchNorm behind it fitted and folded in.
-
-    Args:
-        part: the layer.
-        rows: its rows in stored order, as solved.
-    """
-    if part.layer.norm is None:
-        return rows.weight * rows.scale[:, None], rows.bias
-    slope, mean, _ = _norm_fit(part, rows)
-    return rows.weight * slope[:, None], part.target.mean - slope * mean
-
-
-def fit_following_norm(part: Part, network: nn.Module, rows: Rows, average: bool) -> None:
-    """Statistics and affine of the BatchNorm behind a layer, from moments alone: no pass over the data.
-
-    Args:
-        part: the layer.
-        network: the network being zipped.
-        rows: all rows of the layer in stored order; their bias is not part of the output.
-        average: re-estimate the statistics only.
-    """
-    slope, mean, variance = _norm_fit(part, rows)
-    if average:
-        set_statistics_(part.analysis, part.layer.norm, network, mean, variance)
-    else:
-        refit_norm_(part.analysis, part.layer.norm, network, mean, variance, slope, part.target.mean)
-
-
-def _norm_fit(part: Part, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope of the target on the rows' output, and that output's mean and variance, [r] each."""
-    variance = part.moment.variance(rows.weight)
-    slope = _covariance_with_target(part, rows) / torch.where(variance > 0, variance, torch.ones_like(variance))
-    return slope, rows.weight @ part.moment.mean, variance
-
-
-def _covariance_with_target(part: Part, rows: Rows) -> Tensor:
-    every = torch.arange(len(rows.weight), device=rows.weight.device)
-    return (rows.weight * cross_moment(part.moment, part.target, every).T).sum(1)
-
-
-def relative_error(part: Part, rows: Rows) -> float:
-    """Mean squared error of a layer's output, BatchNorm included, relative to the variance of its target."""
-    target = part.target
-    variance, product = part.moment.variance(rows.weight), _covariance_with_target(part, rows)
-    mean = rows.weight @ part.moment.mean
-    scale, shift = rows.scale, rows.bias
-    if part.layer.norm is not None:
-        scale = product / torch.where(variance > 0, variance, torch.ones_like(variance))
-        shift = target.mean - scale * mean
-    offset = scale * mean + shift - target.mean
-    error = scale.square() * variance - 2 * scale * product + target.variance + offset.square()
-    total = float(target.variance.sum())
-    return max(float(error.sum()), 0.0) / total if total > 0 else 0.0

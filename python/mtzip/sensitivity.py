@@ -23,17 +23,21 @@ FLOOR = 1e-2
 
 
 def sensitivities(
-    analysis: Analysis, batches: list[Batch], samples: int = 96, probes: int = 2, seed: int = 0
+    analysis: Analysis, batches: list[Batch], samples: int | None = None, probes: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
     """Sensitivity of every row of every layer, [r] float64 with mean one; a layer no output depends on is left out.
 
     Args:
         analysis: of the original network.
         batches: calibration chunks.
-        samples: how many of their samples to use.
-        probes: draws of the random signs, one backward pass each.
+        samples: how many of their samples to use; None for 64 with convolutions, whose many positions average the noise
+            away, and 512 without.
+        probes: draws of the random signs, one backward pass each; None for 2 with convolutions and 4 without.
         seed: of the random signs.
     """
+    convolutional = any(layer.kind != "linear" for layer in analysis.layers.values())
+    samples = samples or (64 if convolutional else 512)
+    probes = probes or (2 if convolutional else 4)
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
     taken = 0

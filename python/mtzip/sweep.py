@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from . import merge
+from . import install, merge
 from .columns import column_runs
 from .execute import Execution
 from .match import Slots
@@ -214,15 +214,16 @@ class Sweep:
                     break
                 solved = self._solve(systems, runs, slots)
         before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
-        merge.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
+        install.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
         report = LayerReport(group.name, before, 0)
         for task, part in parts.items():
-            rows = merge.assembled(runs[task], solved, task)
+            rows = install.assembled(runs[task], solved, task)
+            outputs = install.Outputs.of(part, rows)
             if part.layer.norm is not None:
                 self._solved_norms.add((task, part.layer.norm.node.name))
-                merge.fit_following_norm(part, self.networks[task], rows, options.method == "average")
+                install.fit_following_norm(part, self.networks[task], outputs, options.method == "average")
             report.samples[self.tasks[task]] = part.moment.count
-            report.error[self.tasks[task]] = merge.relative_error(part, rows)
+            report.error[self.tasks[task]] = install.relative_error(part, rows, outputs)
             report.space = "sample" if part.moment.samples is not None else "feature"
         report.damping = max(part.damping for part in parts.values()) * systems.escalation
         report.after = _distinct_size(self.networks, members)
@@ -252,7 +253,9 @@ class Sweep:
             sizes = enough(view, execution.inputs(layer), *RECONSTRUCTION_SAMPLES)
             inputs = _heads(execution.inputs(layer), sizes)
             originals = _heads(execution.original[layer.node.name], sizes)
-            weight, bias = merge.effective_rows(part, merge.assembled(runs[task], solved, task))
+            rows = install.assembled(runs[task], solved, task)
+            scale, bias = install.effective_affine(part, rows, install.Outputs.of(part, rows))
+            weight = rows.weight * scale[:, None]
             outputs = [execution.call(layer, x, weight, bias) for x in inputs]
             targets = [part.original_output(z) for z in originals]
             if part.plain_target is None:
@@ -289,10 +292,10 @@ class Sweep:
             part.constant = "none"
         rows = torch.arange(len(part.weight), device=part.weight.device)
         _, _, solved = merge.solve_rows(merge.Systems({task: part}), {task: rows}, None, "refit")
-        merge.install_private(part, self.networks[task], solved[task])
+        install.install_private(part, self.networks[task], solved[task])
         size = _layer_size(self.analyses[task], layer)
         name = self.tasks[task]
-        error = merge.relative_error(part, solved[task])
+        error = install.relative_error(part, solved[task], install.Outputs.of(part, solved[task]))
         space = "sample" if part.moment.samples is not None else "feature"
         label = f"{layer.path} ({name})" if len(group.layers) > 1 else layer.path
         report = LayerReport(label, size, size, {name: part.moment.count}, part.damping, space, {name: error})

@@ -97,7 +97,7 @@ def zip_networks(
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
         if method == "refit" and affine:
-            sweep.sensitivities = [sensitivities(analyses[t], executions[t].batches) for t in range(len(tasks))]
+            sweep.sensitivities = [sensitivities(execution.analysis, execution.batches) for execution in executions]
         sweep.run()
     seconds["zip"] = time.perf_counter() - clock
     report = Report(tuple(tasks), method, sweep.axes, sweep.layers, seconds=seconds)
