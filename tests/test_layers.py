@@ -51,6 +51,7 @@ def test_every_operator_has_its_stem_in_every_folder():
     assert headers == {"neuron_distances", "sherman_morrison", "match_neurons", "conv2d_second_moment"}
     for stem in headers:
         assert list((ROOT / "csrc/cpu").rglob(f"{stem}.cpp")), f"csrc/cpu has no {stem}.cpp"
+        assert (ROOT / f"csrc/cuda/{stem}.cu").exists(), f"csrc/cuda has no {stem}.cu"
         for folder, name in (("mtz_ext/ops", f"{stem}.py"), ("tests", f"test_{stem}.py"), ("bench", f"{stem}.py")):
             assert (ROOT / folder / name).exists(), f"{folder} has no {name}"
 
@@ -91,3 +92,13 @@ def test_a_stage_does_not_know_the_stages_after_it(stage):
     for file in files:
         wrong = relative_imports(file) & STAGES[stage]
         assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_kernels_stay_plain_cpp():
+    """Launches through cudaLaunchKernelEx, intrinsics in one header: so that the host can run the same files."""
+    for file in (ROOT / "csrc/cuda").iterdir():
+        text = re.sub(r"//.*", "", file.read_text())
+        assert "<<<" not in text, f"{file.name} launches with <<<>>>"
+        if file.name != "intrinsics.cuh":
+            found = re.findall(r"\basm\b|__sync\w+|__shfl\w*|__shared__|\batomic[A-Z]\w*", text)
+            assert not found, f"{file.name} uses {found}: they belong to intrinsics.cuh and its twin in tests/cuda_host"

@@ -1,0 +1,119 @@
+// Everything a kernel uses that is not plain C++. tests/cuda_host has a twin of this file, under which the same kernels
+// run on the host: keep both alike.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mtz::cuda {
+
+constexpr int kWarp = 32;
+
+struct Half {
+    std::uint16_t bits;
+};
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(Half x) {
+    return __half2float(__ushort_as_half(x.bits));
+}
+__device__ __forceinline__ float to_float(BFloat16 x) {
+    return __bfloat162float(__ushort_as_bfloat16(x.bits));
+}
+
+// Dynamic shared memory, handed out in pieces aligned to 16 bytes; SharedSize counts the same pieces on the host.
+class SharedMemory {
+  public:
+    __device__ __forceinline__ SharedMemory() {
+        extern __shared__ __align__(16) char mtz_shared[];
+        at_ = mtz_shared;
+    }
+    template <class T>
+    __device__ __forceinline__ T* take(std::size_t count) {
+        T* piece = reinterpret_cast<T*>(at_);
+        at_ += (count * sizeof(T) + 15) / 16 * 16;
+        return piece;
+    }
+
+  private:
+    char* at_;
+};
+
+class SharedSize {
+  public:
+    SharedSize& add(std::size_t size, std::size_t count) {
+        bytes_ += (count * size + 15) / 16 * 16;
+        return *this;
+    }
+    std::size_t bytes() const { return bytes_; }
+
+  private:
+    std::size_t bytes_ = 0;
+};
+
+// Starts copying `valid` of Bytes bytes (4, 8 or 16, both sides aligned to them) to shared memory; the others become zero.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    if constexpr (Bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(Bytes), "r"(valid)
+                     : "memory");
+}
+// Closes the group of the copies this thread has started.
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most N groups of this thread are under way; other threads see the data after a barrier.
+template <int N>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ void sync_block() {
+    __syncthreads();
+}
+// A barrier of the block that says whether `value` holds in any thread.
+__device__ __forceinline__ bool sync_block_any(bool value) {
+    return __syncthreads_or(value) != 0;
+}
+// All blocks; the launch must be cooperative. Writes before it are seen after it.
+__device__ __forceinline__ void sync_grid() {
+    cooperative_groups::this_grid().sync();
+}
+
+// The value of the lane whose number differs in the bits of `mask`; all lanes of the warp must take part.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ void atomic_min(unsigned long long* at, unsigned long long value) {
+    atomicMin(at, value);
+}
+__device__ __forceinline__ void atomic_max(int* at, int value) {
+    atomicMax(at, value);
+}
+
+__device__ __forceinline__ float square_root(float x) {
+    return sqrtf(x);
+}
+__device__ __forceinline__ double square_root(double x) {
+    return sqrt(x);
+}
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+    return fma(a, b, c);
+}
+
+}  // namespace mtz::cuda

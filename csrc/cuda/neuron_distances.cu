@@ -1,0 +1,125 @@
+// Differences first, squares after: exact where rows are nearly equal. See mtz/neuron_distances.h.
+//
+// Two instructions an element, a subtraction and a fused multiply-add, in tiles of 128 x 128 pairs (64 x 64 in float64)
+// that pass through shared memory (cuda/rows.cuh). A sum of d squares in float32 rounds d times: so runs of kRun columns
+// are summed in registers, and the runs added up in the result, by the thread they belong to.
+//
+// With few tiles for a whole GPU the columns are shared out as well; slices go to the workspace, and are added up in
+// order. How many depends on the shape alone.
+#include "cuda/rows.cuh"
+#include "mtz/neuron_distances.h"
+
+namespace mtz::cuda {
+namespace {
+
+constexpr Index kRun = 128;
+constexpr Index kEnoughBlocks = 512, kLeastColumns = 256;
+
+struct Plan {
+    Index down, across, slices, columns;  // tiles of a matrix; slices of `columns` columns
+
+    Plan(const NeuronDistancesArgs& g, Index side) {
+        down = ceil_div(g.n, side);
+        across = ceil_div(g.m, side);
+        const Index tiles = g.batch * down * across;
+        const Index wanted = tiles == 0 ? 1 : ceil_div(kEnoughBlocks, tiles);
+        const Index most = larger(1, g.d / kLeastColumns);
+        columns = larger(kRun, ceil_div(ceil_div(g.d, smaller(wanted, most)), kRun) * kRun);
+        slices = larger(1, ceil_div(g.d, columns));
+    }
+};
+
+// to [slices, batch, n, m]: half of the sum of squared differences over the columns of each slice.
+template <class In, class S, class T, class Out, int R, int Depth>
+__global__ void __launch_bounds__(kTileThreads, 2) distances_kernel(NeuronDistancesArgs g, Plan plan, Out* to) {
+    using Tile = Tile<S, R, Depth>;
+    S* shared = SharedMemory().take<S>(4 * Tile::kSize);
+    const Index per_slice = plan.down * plan.across, per_matrix = per_slice * plan.slices;
+    for (Index block = blockIdx.x; block < g.batch * per_matrix; block += gridDim.x) {
+        const Index p = block / per_matrix, slice = block % per_matrix / per_slice;
+        // bands of 8 rows of tiles, down first, so that neighbouring blocks share both operands in the cache
+        const Index tile = block % per_slice, band = tile / (8 * plan.across), high = smaller(8, plan.down - 8 * band);
+        const Index within = tile % (8 * plan.across);
+        const Index i0 = (8 * band + within % high) * Tile::kSide, j0 = within / high * Tile::kSide;
+        const Rows<In> a{static_cast<const In*>(g.a.data) + p * g.a.batch_stride + i0 * g.a.row_stride, g.a.row_stride,
+                         g.a.column_stride, g.n - i0};
+        const Rows<In> b{static_cast<const In*>(g.b.data) + p * g.b.batch_stride + j0 * g.b.row_stride, g.b.row_stride,
+                         g.b.column_stride, g.m - j0};
+        Out* out = to + ((slice * g.batch + p) * g.n + i0) * g.m + j0;
+        sync_block();  // the tile before this one is done with shared memory
+        sum_over_rows<SquaredDifference, S, T, R, Depth>(
+            a, b, slice * plan.columns, smaller(g.d, (slice + 1) * plan.columns), kRun, shared,
+            [&](const T(&sum)[R][R], bool first) {
+                const int rows = int(smaller(Tile::kSide, a.count)), columns = int(smaller(Tile::kSide, b.count));
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    const int i = Tile::down() + 16 * r;
+                    Out* row = out + i * g.m + Tile::across();
+#pragma unroll
+                    for (int c = 0; c < R; ++c)
+                        if (i < rows && Tile::across() + 16 * c < columns) {
+                            const Out half = Out(T(0.5) * sum[r][c]);
+                            row[16 * c] = first ? half : row[16 * c] + half;
+                        }
+                }
+            });
+    }
+}
+
+// out [count] = sum over slices of from [slices, count], in order; zero without any.
+template <class Out>
+__global__ void add_slices_kernel(const Out* from, Index slices, Index count, Out* out) {
+    for (Index e = blockIdx.x * Index(blockDim.x) + threadIdx.x; e < count; e += Index(gridDim.x) * blockDim.x) {
+        Out sum = 0;
+        for (Index s = 0; s < slices; ++s) sum += from[s * count + e];
+        out[e] = sum;
+    }
+}
+
+template <class In, class S, class T, class Out, int R, int Depth>
+Status run(const NeuronDistancesArgs& g, void* workspace, void* stream) {
+    const Plan plan(g, 16 * R);
+    const Index count = g.batch * g.n * g.m;
+    Out* out = static_cast<Out*>(g.out);
+    Status status;
+    if (g.d == 0) {
+        failed(status, launch_over(add_slices_kernel<Out>, count, 256, stream, out, Index(0), count, out));
+        return status;
+    }
+    Out* to = plan.slices > 1 ? static_cast<Out*>(workspace) : out;
+    const std::size_t shared = SharedSize().add(sizeof(S), 4 * Tile<S, R, Depth>::kSize).bytes();
+    if (failed(status,
+               launch(distances_kernel<In, S, T, Out, R, Depth>, g.batch * plan.down * plan.across * plan.slices,
+                      kTileThreads, shared, stream, false, g, plan, to)))
+        return status;
+    if (plan.slices > 1)
+        failed(status, launch_over(add_slices_kernel<Out>, count, 256, stream, to, plan.slices, count, out));
+    return status;
+}
+
+}  // namespace
+
+std::size_t neuron_distances_workspace(const NeuronDistancesArgs& g) {
+    const Plan plan(g, g.out_scalar == Scalar::float64 ? 64 : 128);
+    return plan.slices > 1 ? std::size_t(plan.slices * g.batch * g.n * g.m) * scalar_size(g.out_scalar) : 0;
+}
+
+Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, void* stream) {
+    const bool to_float = g.out_scalar == Scalar::float32;
+    if (!to_float && (g.in != Scalar::float64 || g.out_scalar != Scalar::float64)) return {Code::unsupported};
+    if (g.batch * g.n * g.m == 0) return {};
+    switch (g.in) {
+        case Scalar::float32:
+            return run<float, float, float, float, 8, 16>(g, workspace, stream);
+        case Scalar::float64:
+            return to_float ? run<double, Split, float, float, 8, 8>(g, workspace, stream)
+                            : run<double, double, double, double, 4, 16>(g, workspace, stream);
+        case Scalar::float16:
+            return run<Half, float, float, float, 8, 16>(g, workspace, stream);
+        case Scalar::bfloat16:
+            return run<BFloat16, float, float, float, 8, 16>(g, workspace, stream);
+    }
+    return {Code::unsupported};
+}
+
+}  // namespace mtz::cuda

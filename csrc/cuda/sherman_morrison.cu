@@ -1,0 +1,65 @@
+// Chooses between the two ways by what fits into the device's shared memory. See mtz/sherman_morrison.h.
+#include "cuda/sherman_morrison.cuh"
+
+namespace mtz::cuda {
+namespace {
+
+__global__ void vector_order_kernel(ShermanMorrisonArgs g, Index* order) {
+    const int threads = int(blockDim.x), thread = int(threadIdx.x);
+    Index* before = SharedMemory().take<Index>(threads + 1);  // weights >= 0 before this thread's part
+    const Index each = ceil_div(g.k, threads), first = smaller(thread * each, g.k), last = smaller(first + each, g.k);
+    for (Index p = blockIdx.x; p < g.batch; p += gridDim.x) {
+        const double* weight = g.weight + p * g.weight_batch_stride;
+        Index mine = 0;
+        for (Index q = first; q < last; ++q) mine += weight[q * g.weight_stride] >= 0;
+        sync_block();
+        before[thread + 1] = mine;
+        sync_block();
+        if (thread == 0) {
+            before[0] = 0;
+            for (int t = 0; t < threads; ++t) before[t + 1] += before[t];
+            g.status[p] = kUpdated;
+        }
+        sync_block();
+        Index positive = before[thread], other = before[threads] + first - positive;
+        for (Index q = first; q < last; ++q)
+            order[p * g.k + (weight[q * g.weight_stride] >= 0 ? positive++ : other++)] = q;
+    }
+}
+
+__global__ void nothing_kernel(ShermanMorrisonArgs g) {
+    for (Index p = blockIdx.x * Index(blockDim.x) + threadIdx.x; p < g.batch; p += Index(gridDim.x) * blockDim.x)
+        g.status[p] = kUpdated;
+}
+
+template <class T>
+Status run(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
+    return fits_shared_memory<T>(g.d) ? update_small<T>(g, workspace, stream) : update_large<T>(g, workspace, stream);
+}
+
+template <class T>
+std::size_t workspace_bytes(const ShermanMorrisonArgs& g) {
+    return fits_shared_memory<T>(g.d) ? std::size_t(small_workspace(g)) : large_workspace<T>(g);
+}
+
+}  // namespace
+
+cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream) {
+    constexpr int threads = 128;
+    return launch(vector_order_kernel, g.batch, threads, SharedSize().add(sizeof(Index), threads + 1).bytes(), stream,
+                  false, g, order);
+}
+
+std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs& g) {
+    if (g.batch * g.d * g.k == 0) return 0;
+    return g.scalar == Scalar::float64 ? workspace_bytes<double>(g) : workspace_bytes<float>(g);
+}
+
+Status sherman_morrison(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
+    if (g.vector_scalar != g.scalar || (g.scalar != Scalar::float32 && g.scalar != Scalar::float64))
+        return {Code::unsupported};
+    if (g.d * g.k == 0) return status_of(launch_over(nothing_kernel, g.batch, 256, stream, g));
+    return g.scalar == Scalar::float32 ? run<float>(g, workspace, stream) : run<double>(g, workspace, stream);
+}
+
+}  // namespace mtz::cuda

@@ -1,0 +1,105 @@
+// What both ways of mtz/sherman_morrison.h share: the order of the vectors and the pivots of the small matrix.
+//
+// Vectors go in blocks of K. With Y [K, d] scaled by sqrt|w|, D the signs, V = Y A^-1 and S = D + V Y^T = L diag(p) L^T:
+//
+//     V <- diag(|p|)^-1/2 L^-1 V,    A^-1 <- A^-1 - V^T D V
+//
+// since p_q has the sign of its weight. Blocks that are not full end in rows of zeros with sign +1, which change nothing.
+#pragma once
+
+#include "cuda/intrinsics.cuh"
+#include "cuda/launch.cuh"
+#include "mtz/sherman_morrison.h"
+
+namespace mtz::cuda {
+
+// order [batch, k]: all weights >= 0 first, each part as it came, NaN among the rest; status <- kUpdated.
+cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream);
+
+// Vector number `at` in order, scaled: element j is root * x[j].
+template <class T>
+struct Scaled {
+    const T* x;
+    T root;
+    double sign;
+
+    __device__ __forceinline__ Scaled(const ShermanMorrisonArgs& g, const Index* order, Index p, Index at)
+        : x(nullptr), root(0), sign(1) {
+        if (at >= g.k) return;
+        const Index q = order[p * g.k + at];
+        const double w = g.weight[p * g.weight_batch_stride + q * g.weight_stride];
+        x = static_cast<const T*>(g.vectors.data) + p * g.vectors.batch_stride + q * g.vectors.row_stride;
+        root = T(square_root(w < 0 ? -w : w));
+        sign = w < 0 ? -1 : 1;
+    }
+    __device__ __forceinline__ T at(const ShermanMorrisonArgs& g, Index j) const {
+        return x ? root * x[j * g.vectors.column_stride] : T(0);
+    }
+};
+
+// Relative error of an inner product of d terms, with a margin.
+template <class T>
+__device__ __forceinline__ double rounding(Index d) {
+    return 16 * (sizeof(T) == 4 ? 1.2e-7 : 2.3e-16) * square_root(double(d));
+}
+
+__device__ __forceinline__ bool finite(double x) {
+    return x - x == 0;
+}
+
+// Judges pivot p of a weight of this sign, `size` being its row's diagonal element of V Y^T, and rounds it up to the 1 that
+// 1 + x^T A^-1 x is at least.
+__device__ __forceinline__ int judge_pivot(double sign, double size, double rounding, double& p) {
+    if (!finite(p)) return kNotFinite;
+    const double absolute = size < 0 ? -size : size, doubt = rounding * (absolute > 1 ? absolute : 1);
+    if (sign < 0) return p < -doubt ? kUpdated : kIndefinite;
+    if (p < 1 - doubt) return kIndefinite;
+    if (p < 1) p = 1;
+    return kUpdated;
+}
+
+// A diagonal element of the result.
+__device__ __forceinline__ int judge_diagonal(double x) {
+    return !finite(x) ? kNotFinite : x > 0 ? kUpdated : kIndefinite;
+}
+
+// L diag(p) L^T of s [K, K + 1], V Y^T on entry, by all threads of a block. On return s[i][j] p_j^-1 is L below the diagonal;
+// inverse_pivot [K]. `size` [K] is scratch. Everything in shared memory; starts and ends with a barrier.
+template <int K>
+__device__ __forceinline__ int factor_pivots(double* s, const double* sign, double rounding, double* inverse_pivot,
+                                             double* size) {
+    constexpr int pitch = K + 1;
+    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+    sync_block();
+    for (int i = thread; i < K; i += threads) {
+        size[i] = s[i * pitch + i];
+        s[i * pitch + i] += sign[i];
+    }
+    for (int j = 0; j < K; ++j) {
+        sync_block();
+        double p = s[j * pitch + j];
+        const int status = judge_pivot(sign[j], size[j], rounding, p);
+        if (status != kUpdated) return status;  // every thread sees the same
+        const double inverse = 1 / p;
+        if (thread == 0) inverse_pivot[j] = inverse;
+        for (int e = thread; e < K * K; e += threads) {
+            const int i = e / K, k = e % K;
+            if (k > j && i >= k) s[i * pitch + k] -= s[i * pitch + j] * inverse * s[k * pitch + j];
+        }
+    }
+    sync_block();
+    return kUpdated;
+}
+
+// The two ways: each matrix in shared memory through all its updates, or all matrices in passes over the whole device.
+template <class T>
+bool fits_shared_memory(Index d);
+Index small_workspace(const ShermanMorrisonArgs& g);
+template <class T>
+Status update_small(const ShermanMorrisonArgs& g, void* workspace, void* stream);
+template <class T>
+std::size_t large_workspace(const ShermanMorrisonArgs& g);
+template <class T>
+Status update_large(const ShermanMorrisonArgs& g, void* workspace, void* stream);
+
+}  // namespace mtz::cuda

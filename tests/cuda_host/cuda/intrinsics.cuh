@@ -1,0 +1,117 @@
+// The twin of csrc/cuda/intrinsics.cuh: the same names for kernels that run on the host as fibers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "fibers.h"
+
+namespace mtz::cuda {
+
+constexpr int kWarp = 32;
+
+struct Half {
+    std::uint16_t bits;
+};
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+inline float to_float(BFloat16 x) {
+    const std::uint32_t bits = std::uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline float to_float(Half x) {
+    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                       : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                       : std::ldexp(float(fraction + 1024), exponent - 25);
+    return x.bits >> 15 ? -size : size;
+}
+
+// Every piece is followed by a red zone of the address sanitizer, and holds NaN until it is written.
+class SharedMemory {
+  public:
+    template <class T>
+    T* take(std::size_t count) {
+        char* piece = cuda_host::shared_piece(at_, count * sizeof(T));
+        at_ += (count * sizeof(T) + 15) / 16 * 16 + 64;
+        return reinterpret_cast<T*>(piece);
+    }
+
+  private:
+    std::size_t at_ = 0;
+};
+
+class SharedSize {
+  public:
+    SharedSize& add(std::size_t size, std::size_t count) {
+        bytes_ += (count * size + 15) / 16 * 16 + 64;
+        return *this;
+    }
+    std::size_t bytes() const { return bytes_; }
+
+  private:
+    std::size_t bytes_ = 0;
+};
+
+template <int Bytes>
+void copy_async(void* shared, const void* global, int valid) {
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+    cuda_host::copy_start(shared, global, Bytes, valid);
+}
+inline void copy_async_commit() {
+    cuda_host::copy_commit();
+}
+template <int N>
+void copy_async_wait() {
+    cuda_host::copy_wait(N);
+}
+
+inline void sync_block() {
+    cuda_host::wait_block(false);
+}
+inline bool sync_block_any(bool value) {
+    return cuda_host::wait_block(value);
+}
+inline void sync_grid() {
+    cuda_host::wait_grid();
+}
+
+template <class T>
+T shuffle_xor(T value, int mask) {
+    static_assert(sizeof(T) <= 8);
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = cuda_host::exchange(bits, mask);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+inline void atomic_min(unsigned long long* at, unsigned long long value) {
+    if (value < *at) *at = value;
+}
+inline void atomic_max(int* at, int value) {
+    if (value > *at) *at = value;
+}
+
+inline float square_root(float x) {
+    return std::sqrt(x);
+}
+inline double square_root(double x) {
+    return std::sqrt(x);
+}
+inline float multiply_add(float a, float b, float c) {
+    return float(double(a) * b + c);
+}
+inline double multiply_add(double a, double b, double c) {
+    return a * b + c;
+}
+
+}  // namespace mtz::cuda

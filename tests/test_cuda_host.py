@@ -1,0 +1,335 @@
+"""The CUDA kernels, the very same files, on the host: threads as fibers, under the address sanitizer, against NumPy.
+
+Threads run forward, backward and in random order, blocks too; every buffer is allocated to the byte. This stands in for
+the correctness of the kernels where there is no GPU, never for their speed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import cases
+from tests.cuda_host import host
+from tests.cuda_host.host import SCHEDULES
+
+BOUND = {"float32": 1e-6, "float64": 4e-15, "float16": 1e-6, "bfloat16": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return host.build()
+
+
+@pytest.fixture
+def session(driver):
+    session = host.Session(driver)
+    yield session
+    session.close()
+
+
+def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def assert_within(got, expected, bound, scale=None, what=""):
+    assert got.shape == expected.shape
+    if not expected.size:
+        return
+    error = np.abs(got.astype(np.float64) - expected)
+    ratio = np.where(error == 0, 0, error / np.maximum(np.abs(expected) if scale is None else scale, 1e-300))
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(ratio), np.inf, ratio)), ratio.shape)
+    assert ratio[worst] <= bound, (
+        f"{what} at {tuple(map(int, worst))}: got {got[worst]}, expected {expected[worst]}, {ratio[worst]:.3g}"
+    )
+
+
+def distances(a, b):
+    return 0.5 * ((a.astype(np.float64)[:, :, None] - b.astype(np.float64)[:, None]) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_distances_of_awkward_sizes(session, dtype):
+    shapes = [(n, m, d) for n in cases.AWKWARD for m in cases.AWKWARD for d in cases.AWKWARD if len({n, m, d}) == 3]
+    for number, (n, m, d) in enumerate([*shapes, (129, 3, 17), (5, 260, 8), (70, 65, 300)]):
+        a, b = normal(1, n, d, seed=1), normal(1, m, d, seed=2)
+        kind = dtype
+        if dtype == "bfloat16":
+            a, b = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (a, b))
+            exact = [(x.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+        else:
+            exact = a, b = a.astype(dtype), b.astype(dtype)
+        got = host.neuron_distances(session, a, b, schedule=SCHEDULES[number % 4], kind=kind)
+        assert_within(got, distances(*exact), BOUND[dtype], what=(n, m, d))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])
+def test_distances_of_batches_and_slices(session, dtype, out, schedule):
+    """d = 1200 is shared out among slices; 132 and 130 need two tiles each way in float32; 24 is 6 words a row."""
+    for batch, n, m, d in [(0, 3, 3, 3), (3, 19, 7, 24), (2, 3, 5, 1200), (1, 132, 130, 33)]:
+        a, b = normal(batch, n, d, seed=1, dtype=dtype), normal(batch, m, d, seed=2, dtype=dtype)
+        got = host.neuron_distances(session, a, b, out, schedule)
+        assert_within(got, distances(a, b), BOUND[out or dtype], what=(batch, n, m, d))
+
+
+@pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])
+def test_nearly_equal_rows(session, dtype, out):
+    """Rows 1e-4 apart in float32, 1e-9 in float64: the difference counts, not the rows."""
+    a = normal(1, 20, 576, dtype=dtype)
+    b = a + (1e-4 if dtype == "float32" else 1e-9) * normal(1, 20, 576, seed=1, dtype=dtype)
+    got = host.neuron_distances(session, a, b, out)
+    assert_within(got, distances(a, b), 1e-6 if out or dtype == "float32" else 1e-13)
+    assert not host.neuron_distances(session, a, a, out)[0].diagonal().any(), "equal rows are at distance 0"
+
+
+def test_distances_of_views(session):
+    wide = normal(2, 40, 44)
+    for a, b in [
+        (wide[:, :19, 1:30:2], wide[:, 20:, ::3]),  # columns with a stride
+        (wide[:, ::2, 4:24], wide[:, 1:8, 4:24]),  # 16-byte words at an offset
+        (wide[:, ::2, 3:24], wide[::-1, 1:8, 3:24]),  # not aligned; a negative stride
+        (wide.transpose(0, 2, 1), wide.transpose(0, 2, 1)[:, :5]),
+        (np.broadcast_to(wide[:1, :9], (2, 9, 44)), wide),
+    ]:
+        depth = min(a.shape[-1], b.shape[-1])
+        a, b = a[..., :depth], b[..., :depth]
+        assert_within(host.neuron_distances(session, a, b), distances(a, b), 1e-6)
+
+
+def test_nan_and_inf_stay_with_their_pairs(session):
+    for dtype, out in (("float32", ""), ("float64", "float32")):
+        a, b = normal(1, 19, 50, dtype=dtype), normal(1, 21, 50, seed=1, dtype=dtype)
+        a[0, 3, 7], b[0, 5, 49] = np.nan, np.inf
+        got = host.neuron_distances(session, a, b, out)[0]
+        assert np.isnan(got[3]).all() and np.isinf(got[:3, 5]).all()
+        keep = np.ones_like(got, dtype=bool)
+        keep[3], keep[:, 5] = False, False
+        assert np.isfinite(got[keep]).all()
+
+
+SMALL, LARGE = 99 << 10, 22 << 10
+"""Shared memory of the device, in bytes: with little of it, matrices of more than about 50 rows take the other way."""
+
+
+def damped_inverse(batch, d, seed=0, dtype="float32"):
+    x = normal(batch, 4 * d + 1, d, seed=seed, dtype="float64")
+    inverse = np.linalg.inv(x.swapaxes(1, 2) @ x / (4 * d + 1) + 1e-3 * np.eye(d))
+    return ((inverse + inverse.swapaxes(1, 2)) / 2).astype(dtype)
+
+
+def afresh(inverse, vectors, weight):
+    x = vectors.astype(np.float64)
+    added = x.swapaxes(1, 2) @ (weight[..., None] * x)
+    return np.linalg.inv(np.linalg.inv(inverse.astype(np.float64)) + added)
+
+
+def check_update(session, batch, d, k, dtype, schedule, weight=None, what=""):
+    inverse, vectors = damped_inverse(batch, d, dtype=dtype), normal(batch, k, d, seed=1, dtype=dtype)
+    weight = np.ones((batch, k)) if weight is None else weight
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    assert not status.any(), (what, status)
+    if got.size:
+        expected = afresh(inverse, vectors, weight)
+        scale = np.abs(expected).max((1, 2), keepdims=True)
+        assert_within(got, expected, 2e-5 if dtype == "float32" else 1e-13, scale, (batch, d, k, schedule))
+    assert np.array_equal(got, got.swapaxes(1, 2)), "exactly symmetric"
+
+
+@pytest.fixture(params=[SMALL, LARGE], ids=["small", "large"])
+def sized_session(driver, request):
+    session = host.Session(driver, request.param)
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_inverses_of_awkward_sizes(sized_session, dtype):
+    for number, (d, k) in enumerate((d, k) for d in cases.AWKWARD for k in cases.AWKWARD):
+        check_update(sized_session, 2, d, k, dtype, SCHEDULES[number % 4])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_inverses_of_batches_and_weights(sized_session, schedule):
+    rng = np.random.default_rng(0)
+    for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70)]:
+        weight = rng.uniform(0.1, 2, (batch, k))
+        check_update(sized_session, batch, d, k, "float32", schedule, weight)
+    inverse, vectors = damped_inverse(3, 40), 0.3 * normal(3, 20, 40, seed=1)
+    there, _ = host.sherman_morrison(sized_session, inverse, vectors, np.ones((3, 20)), schedule)
+    back, status = host.sherman_morrison(sized_session, there, vectors, -np.ones((3, 20)), schedule)
+    assert not status.any()
+    assert_within(back, inverse.astype(np.float64), 3e-5, np.abs(inverse).max((1, 2), keepdims=True))
+    # a vector is taken out before it is put in: only the end has to be positive definite
+    vectors = np.zeros((1, 2, 4), np.float32)
+    vectors[0, :, 0] = 2, 3
+    inverse = np.eye(4, dtype=np.float32)[None]
+    got, status = host.sherman_morrison(sized_session, inverse, vectors, np.array([[-1.0, 1]]))
+    assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6)
+
+
+def test_inverses_of_views(sized_session):
+    buffer = np.full((2, 45, 60), 7, np.float32)
+    view = buffer[:, 2:42, 3:43]
+    view[...] = damped_inverse(2, 40)
+    vectors, weight = normal(2, 40, 10, seed=1)[:, :, ::2].swapaxes(1, 2), np.ones((1, 9))[:, ::2]
+    got, status = host.sherman_morrison(sized_session, view, vectors, np.broadcast_to(weight, (2, 5)))
+    expected = afresh(view, vectors, np.ones((2, 5)))
+    assert_within(got[:, 2:42, 3:43], expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
+    got[:, 2:42, 3:43] = 7
+    assert not status.any() and (got == 7).all(), "nothing outside the view is written"
+
+
+@pytest.mark.parametrize("fault", ["indefinite update", "indefinite before", "nan vector", "inf inverse", "nan weight"])
+def test_bad_matrix_is_left_and_named(sized_session, fault):
+    for d in (5, 60):
+        inverse, vectors, weight = damped_inverse(3, d), normal(3, 80, d, seed=1), np.ones((3, 80))
+        expected = afresh(inverse, vectors, weight)
+        if fault == "indefinite update":
+            weight[1, 70] = -100
+        elif fault == "indefinite before":
+            inverse[1] *= -1
+        elif fault == "nan vector":
+            vectors[1, 79, d - 1] = np.nan
+        elif fault == "inf inverse":
+            inverse[1, d - 1, d - 1] = np.inf
+        else:
+            weight[1, 3] = np.nan
+        got, status = host.sherman_morrison(sized_session, inverse, vectors, weight, SCHEDULES[d % 4])
+        assert status.tolist() == [0, 1 if fault.startswith("indefinite") else 2, 0]
+        assert np.array_equal(got[1], inverse[1]), "left as it was, bit for bit"
+        assert_within(got[::2], expected[::2], 2e-5, np.abs(expected[::2]).max((1, 2), keepdims=True))
+
+
+def test_removing_to_the_brink_is_refused(sized_session):
+    x = normal(1, 1, 60)
+    inverse = (np.eye(60, dtype=np.float32) / np.float32((x**2).sum()))[None]
+    got, status = host.sherman_morrison(sized_session, inverse, x, -np.ones((1, 1)))
+    assert status.tolist() == [1] and np.array_equal(got, inverse)
+
+
+def greedy(matrix, count):
+    """All pairs in order of (cost, row, column), each taken if both are free."""
+    m = matrix.shape[1]
+    rows, columns, pairs = set(), set(), []
+    for e in np.argsort(matrix.reshape(-1), kind="stable"):
+        i, j = divmod(int(e), m)
+        if len(pairs) < count and i not in rows and j not in columns:
+            rows.add(i)
+            columns.add(j)
+            pairs.append((i, j))
+    return np.array(pairs, np.int64).reshape(count, 2)
+
+
+def check_matching(session, distances, count, schedule):
+    pairs, status = host.match_neurons(session, distances, count, schedule)
+    assert (status == -1).all()
+    for matrix, got in zip(distances, pairs, strict=True):
+        assert np.array_equal(got, greedy(matrix, count)), (distances.shape, count, schedule)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_matching_of_awkward_sizes(session, dtype):
+    for number, (n, m) in enumerate((n, m) for n in cases.AWKWARD for m in cases.AWKWARD):
+        distances = normal(2, n, m, dtype=dtype)
+        for count in sorted({0, min(1, n, m), min(n, m) // 2, min(n, m)}):
+            check_matching(session, distances, count, SCHEDULES[(number + count) % 4])
+    wide = normal(4, 60, 80, dtype=dtype)
+    check_matching(session, wide[::2, 5:45:2, ::3].transpose(0, 2, 1), 15, SCHEDULES[2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_matching_of_structured_costs(session, schedule):
+    i, j = np.arange(33, dtype=np.float32)[:, None], np.arange(40, dtype=np.float32)[None]
+    for matrix in (
+        0 * (i + j),  # all equal
+        i + j,  # one pair at a time
+        j + 0 * i,  # every row likes the same column
+        np.abs(i - j),
+        (i * 7919 + j * 104729) % 5,  # many ties
+        np.where((i + j) % 3 == 0, np.inf, (i * j) % 7),
+        np.where((i + j) % 2 == 0, np.float32(-0.0), np.float32(0)),
+    ):
+        matrix = matrix.astype(np.float32)
+        check_matching(session, np.stack([matrix, matrix + 1]), 33, schedule)
+        check_matching(session, matrix.T[None], 20, schedule)
+
+
+def test_matching_names_the_first_nan(session):
+    distances = normal(3, 40, 50)
+    distances[1, 35, 49] = distances[1, 36, 0] = np.nan
+    pairs, status = host.match_neurons(session, distances, 7)
+    assert status.tolist() == [-1, 35 * 50 + 49, -1] and (pairs[1] == -1).all()
+    assert np.array_equal(pairs[2], greedy(distances[2], 7))
+
+
+def second_moment(x, kernel, stride, padding, dilation, groups):
+    """By slices of the padded image, one for every offset: [groups, C / groups k, positions], times itself."""
+    x = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *((p, p) for p in padding)])
+    ends = [size - d * (k - 1) for size, k, d in zip(x.shape[2:], kernel, dilation, strict=True)]
+    patches = [
+        x[:, :, u : u + ends[0] : stride[0], v : v + ends[1] : stride[1]]
+        for u in range(0, kernel[0] * dilation[0], dilation[0])
+        for v in range(0, kernel[1] * dilation[1], dilation[1])
+    ]
+    patches = np.stack(patches, 2)  # [N, C, k, oy, ox]
+    n, c, k, across, down = patches.shape
+    patches = patches.reshape(n, groups, c // groups * k, across * down).transpose(1, 2, 0, 3)
+    patches = patches.reshape(groups, c // groups * k, n * across * down)
+    return patches @ patches.swapaxes(1, 2)
+
+
+def check_moment(session, x, arguments, schedule, kind="", exact=None):
+    got, status = host.conv2d_second_moment(session, x, *arguments, schedule, kind)
+    expected = second_moment(x if exact is None else exact, *arguments)
+    diagonal = np.diagonal(expected, axis1=1, axis2=2)
+    scale = np.sqrt(diagonal[:, :, None] * diagonal[:, None])
+    assert status == 0
+    assert_within(got, expected, 1e-14 if got.dtype == np.float64 else 1e-6, scale, (x.shape, arguments, schedule))
+    assert np.array_equal(got, got.swapaxes(1, 2)), "exactly symmetric"
+
+
+CONVOLUTIONS = [
+    # N, C, H, W, then kernel, stride, padding, dilation, groups
+    (3, 4, 7, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 19, 9, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 5, 11, 13, (5, 3), (1, 1), (0, 2), (1, 1), 1),
+    (2, 7, 12, 13, (3, 3), (2, 1), (1, 0), (1, 2), 1),
+    (2, 3, 15, 15, (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    (2, 17, 6, 5, (1, 1), (1, 1), (2, 2), (1, 1), 1),
+    (2, 12, 9, 9, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    (2, 8, 9, 9, (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    (0, 4, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 0, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 1, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (111, 19, 3, 1, (3, 1), (1, 1), (1, 0), (1, 1), 1),
+    (9, 3, 19, 29, (2, 2), (1, 1), (0, 0), (1, 1), 1),  # slices of positions
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_moments_of_convolutions(session, dtype):
+    for number, case in enumerate(CONVOLUTIONS):
+        x, exact = normal(*case[:4]), None
+        if dtype == "bfloat16":
+            x = (x.view(np.uint32) >> 16).astype(np.uint16)
+            exact = (x.astype(np.uint32) << 16).view(np.float32)
+        else:
+            x = x.astype(dtype)
+        check_moment(session, x, case[4:], SCHEDULES[number % 4], dtype, exact)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_moments_of_views(session, schedule):
+    wide, arguments = normal(4, 9, 10, 21), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    views = [wide[::2, :, ::2, ::3], wide.transpose(0, 3, 1, 2)[:, :5], wide[:, ::-1, 1:8, 2:9]]
+    for x in [*views, np.broadcast_to(wide[:1], (2, 9, 10, 21))]:
+        check_moment(session, x, arguments, schedule)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_moments_name_values_that_are_not_finite(session, value):
+    x = normal(3, 20, 6, 6)
+    x[2, 17, 5, 5] = value
+    for stride in ((1, 1), (2, 2)):
+        assert host.conv2d_second_moment(session, x, (3, 3), stride, (0, 0), (1, 1), 1)[1] == 1

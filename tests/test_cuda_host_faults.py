@@ -1,0 +1,171 @@
+"""Faults planted in copies of the CUDA kernels: the host run must notice each.
+
+A missing barrier, an access outside, an unhandled tail, a copy that is not waited for. Each is one change of one place,
+the part between «»; the probe is a small case like those of test_cuda_host.py that meets it. All are compiled in at
+once, and one takes effect at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.cuda_host import host
+from tests.cuda_host.host import SCHEDULES
+from tests.test_cuda_host import (
+    CONVOLUTIONS,
+    LARGE,
+    SMALL,
+    afresh,
+    assert_within,
+    check_matching,
+    check_moment,
+    check_update,
+    damped_inverse,
+    distances,
+    normal,
+)
+
+
+def probe_distances(session, schedule):
+    for n, m, d in ((19, 7, 24), (19, 7, 99), (132, 130, 33)):
+        a, b = normal(2, n, d, seed=1), normal(2, m, d, seed=2)
+        assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
+    a, b = normal(1, 19, 37, dtype="float64"), normal(1, 7, 37, seed=1, dtype="float64")
+    assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
+    a, b = normal(1, 2, 1200), normal(1, 3, 1200, seed=1)
+    assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
+
+
+def probe_inverses(session, schedule):
+    for batch, d, k in ((7, 19, 20), (1, 111, 3)):
+        check_update(session, batch, d, k, "float32", schedule)
+    # the first matrix fails (its pivot is -1 + 3), and the block that tried goes on to the last
+    inverse = np.eye(5, dtype=np.float32)[None].repeat(6, 0)
+    vectors = inverse[:, :1].copy()
+    weight = np.array([-3.0, 1, 1, 1, 1, 1])[:, None]
+    _, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    assert status.tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def probe_large_inverses(session, schedule):
+    check_update(session, 2, 99, 3, "float32", schedule)
+    inverse, vectors, weight = damped_inverse(2, 70), normal(2, 70, 70, seed=1), np.ones((2, 70))
+    weight[1, 69] = -100
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    assert status.tolist() == [0, 1] and np.array_equal(got[1], inverse[1])
+    expected = afresh(inverse[:1], vectors[:1], weight[:1])
+    assert_within(got[:1], expected, 2e-5, np.abs(expected).max())
+
+
+probe_large_inverses.shared_memory = LARGE
+
+
+def probe_matching(session, schedule):
+    check_matching(session, normal(2, 40, 33), 33, schedule)
+    check_matching(session, normal(1, 33, 70).round(), 33, schedule)  # many ties
+    check_matching(session, normal(1, 24, 24), 24, schedule)
+
+
+def probe_moments(session, schedule):
+    for case in (CONVOLUTIONS[1], CONVOLUTIONS[3], CONVOLUTIONS[6], CONVOLUTIONS[12]):
+        check_moment(session, normal(*case[:4]), case[4:], schedule)
+    x = normal(1, 3, 20, 30)
+    x[0, 2, 19, 29] = np.nan
+    assert host.conv2d_second_moment(session, x, (3, 3), (2, 2), (0, 0), (1, 1), 1, schedule)[1] == 1
+
+
+ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
+MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment.cu"
+INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
+MIRRORING = "\n        for (int e = int(threadIdx.x); e < K * K; e += kTile"
+READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
+CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
+CHECKING = "; e += Index(gridDim.x) * blockDim.x) {\n        const Index x"
+INSIDE = "inside = «k0 + within < last»;\n        const auto column = source.column(inside ? k0 + within : 0);\n"
+FAULTS = {
+    probe_distances: {
+        "no barrier before a piece is used": (ROWS, "«sync_block();»  // this piece", ""),
+        "copies not waited for": (ROWS, "«copy_async_wait<0>();»\n", "copy_async_wait<1>();"),
+        "rows beyond the end are read": (ROWS, "return «i < count» ? data", "true"),
+        "one column too many": (ROWS, INSIDE + "        for (int e", "k0 + within <= last"),
+        "one column too many, with conversion": (ROWS, INSIDE + "#pragma unroll", "k0 + within <= last"),
+        "shared memory too small": (DISTANCES, "take<S>(«4 * Tile::kSize»)", "4 * Tile::kSize - Word<S>::kCount - 1"),
+        "no barrier between tiles": (DISTANCES, "«sync_block();»  // the tile before", ""),
+        "columns beyond the end are written": (
+            DISTANCES,
+            "«i < rows && Tile::across() + 16 * c < columns»",
+            "i < rows",
+        ),
+        "the last columns are left out": (DISTANCES, "smaller(«g.d», (slice + 1) * plan.columns)", "g.d / 4 * 4"),
+        "one slice is not added up": (DISTANCES, "«s < slices»; ++s", "s < slices - 1"),
+    },
+    probe_inverses: {
+        "no barrier after V = Y A^-1": (SMALL_INVERSES, "multiply();\n            «sync_block();»", ""),
+        "no barrier before the update": (SMALL_INVERSES, "solve();\n            «sync_block();»", ""),
+        "no barrier before the next matrix": (SMALL_INVERSES, "«sync_block();»  // the matrix before", ""),
+        "padding is read": (SMALL_INVERSES, "small.matrix[e] = «i < g.d && j < g.d» ?", "i < g.d"),
+        "the middle row of tiles twice": (SMALL_INVERSES, "return «i > r»;", "true"),
+        "no barrier between pivots": (INVERSES, "«sync_block();»\n        double p", ""),
+    },
+    probe_large_inverses: {
+        "no barrier before mirroring": (LARGE_INVERSES, "«sync_block();»" + MIRRORING, ""),
+        "columns beyond the end are solved": (LARGE_INVERSES, "«j >= g.d || w.skipped(p)»", "w.skipped(p)"),
+        "half of a warp is not summed": (LARGE_INVERSES, "int mask = «kWarp / 2»", "kWarp / 4"),
+        "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
+        "the last rows are left out": (LARGE_INVERSES, "slice * kSlice, smaller(«g.d», (slice", "g.d / 4 * 4"),
+    },
+    probe_matching: {
+        "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),
+        "no barrier between tiles": (MATCHING, "«sync_block();»  // the tile", ""),
+        "a turned tile is not cut off": (MATCHING, "if («i < g.n && j < g.m») w.turned", "j < g.m"),
+        "no barrier after looking": (MATCHING, "look(w, false);\n        «sync_grid();»", ""),
+        "no barrier after taking": (MATCHING, "«sync_grid();»\n        if (w.rounds", ""),
+        "cleared while others read": (MATCHING, "look(w, true);\n        «look(w, false);»", CLEARING),
+        "ties by any column": (MATCHING, "(cost == least && «other < best»)", "false"),
+        "one lane too many": (MATCHING, "i = threadIdx.x % kWarp; «i < count»", "i <= count"),
+        "half of a warp is not counted": (MATCHING, "mask = «kWarp / 2»; mask > 0; mask /= 2) before", "kWarp / 4"),
+    },
+    probe_moments: {
+        "no barrier before tables of rows are used": (MOMENTS, "plan.side, j0, rows_b);\n        «sync_block();»", ""),
+        "the row below the image is read": (MOMENTS, "y >= 0 && «y < g.height»", "y <= g.height"),
+        "the column before the image is read": (MOMENTS, "«x >= 0» && x < g.width", "x >= -1"),
+        "rows beyond the end are read": (MOMENTS, "{«row < side ? offset : Patches<In>::kNoRow», y, x}", "offset"),
+        "columns beyond the end are written": (MOMENTS, "if («i > j || j >= plan.side») continue;", "i > j"),
+        "the last positions are left out": (MOMENTS, "smaller(«plan.positions», (slice", "plan.positions / 8 * 8"),
+        "the last values are not checked": (MOMENTS, "«e < count»" + CHECKING, "e < count / 256 * 256"),
+    },
+}
+ALL = [fault for of_probe in FAULTS.values() for fault in of_probe.values()]
+
+
+def notice(driver, probe, fault: int = 0) -> str:
+    """What noticed the fault, or nothing."""
+    for schedule in SCHEDULES:
+        session = host.Session(driver, getattr(probe, "shared_memory", SMALL), fault)
+        try:
+            probe(session, schedule)
+        except (host.Fault, AssertionError, RuntimeError) as error:
+            return f"{schedule}: {type(error).__name__} {error}"
+        finally:
+            session.close()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    return host.build_with(ALL)
+
+
+@pytest.mark.parametrize(
+    "probe, name", [pytest.param(p, name, id=f"{p.__name__}: {name}") for p in FAULTS for name in FAULTS[p]]
+)
+def test_planted_fault_is_noticed(faulty, probe, name):
+    noticed = notice(faulty, probe, ALL.index(FAULTS[probe][name]) + 1)
+    assert noticed, "nothing noticed this fault"
+    print(noticed[:300])
+
+
+@pytest.mark.parametrize("probe", FAULTS, ids=lambda p: p.__name__)
+def test_without_a_fault_nothing_is_noticed(faulty, probe):
+    assert notice(faulty, probe) == ""
