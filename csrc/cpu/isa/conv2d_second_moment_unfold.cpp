@@ -1,4 +1,4 @@
-// Second moment of any convolution by unfolding, in chunks no larger than the input: few channels, strides, and whatever
+// Second moment of any convolution by unfolding, in chunks of at most 1.5 times the input: few channels, strides, and whatever
 // else the shifts do not pay for.
 //
 // A chunk is packed as [panels, positions, P] with the columns (channel, uy, ux) of weight.flatten(1) in panels of P. A
@@ -31,7 +31,7 @@ struct Unfolding {
         panels = ceil_div(side, P);
         lines = g.samples * g.output[0];
         const Index input = g.samples * g.channels * g.height * g.width * Index(sizeof(T));
-        const Index bytes = smaller(larger(input, Index(1) << 18), Index(64) << 20);
+        const Index bytes = smaller(larger(input + input / 2, Index(1) << 20), Index(64) << 20);
         lines_at_once = smaller(lines, larger(1, bytes / (panels * P * g.output[1] * Index(sizeof(T)))));
     }
 
