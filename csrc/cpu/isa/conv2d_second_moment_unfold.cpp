@@ -1,5 +1,5 @@
-// Second moment of any convolution by unfolding, in chunks of at most 1.5 times the input: few channels, strides, and whatever
-// else the shifts do not pay for.
+// Second moment of any convolution by unfolding, in chunks of at most 1.5 times the input: few channels, strides, and
+// whatever else the shifts do not pay for.
 //
 // A chunk is packed as [panels, positions, P] with the columns (channel, uy, ux) of weight.flatten(1) in panels of P. A
 // task is a block of kSide x kSide pairs of panels, upper triangle; it adds the chunk up in float64 and to the result.
