@@ -19,6 +19,7 @@ def short(tmp_path_factory):
     """A cache of its own, and recipes of two epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(torch, "set_num_threads", lambda number: None)  # the other tests keep their threads
         patch.setitem(recipes.RECIPES, DigitNet, Recipe(epochs=2, rate=0.05, batch=32))
         yield
 

@@ -20,15 +20,6 @@ from mtzip.share import ZippedNetwork
 from mtzip.zip import zip_networks
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny networks: a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(count: int = 64) -> dict[str, torch.Tensor]:
     return {task: images(seed, count) for seed, task in enumerate("ab")}
 

@@ -570,16 +570,6 @@ def test_refitted_batchnorm_puts_out_the_targets_mean():
         assert difference.max() < 1e-4
 
 
-def test_activation_aware_targets_help_a_convolution(trained_pair):
-    networks, data = trained_pair
-
-    def behind_relu(rounds):
-        zipped = zip_pair(networks, data, {"conv1": 0.7, "conv2": 1.0}, reconstructions=rounds)
-        return sum(errors(zipped, networks, data).values())
-
-    assert behind_relu(3) < behind_relu(0)
-
-
 def test_without_affine_the_bias_is_shared_and_right():
     """affine=False: one bias for both tasks, solved jointly with the rows; no scale."""
     networks, data = pair(mlp), inputs(6)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def demonstrate(
     output.mkdir(parents=True, exist_ok=True)
     if data is None:
         # Layers of some twenty neurons: handing work to a second thread takes longer than the work.
-        with _threads(1):
-            outcomes = [_zip_levels(DigitNet, digit_tasks(), shares, steps, output)]
+        _lower_threads(1)
+        outcomes = [_zip_levels(DigitNet, digit_tasks(), shares, steps, output)]
     else:
         tasks = mnist_tasks(data)
         outcomes = [_zip_levels(kind, tasks, shares, steps, output) for kind in (LeNet300100, LeNet5)]
@@ -99,14 +98,10 @@ def demonstrate(
     return outcomes
 
 
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _lower_threads(number: int) -> None:
+    """At most ``number`` threads from here on. Not raised again: torch 2.13's LU factorisation is wrong after that."""
+    if torch.get_num_threads() > number:
+        torch.set_num_threads(number)
 
 
 def _zip_levels(
