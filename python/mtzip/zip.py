@@ -61,6 +61,7 @@ def zip_networks(
         reconstructions: how often the fit's target is adapted to the ReLU or max-pooling behind a layer (refit only);
             each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
+            Convolutions with many positions a sample take their moments from the first few hundred of them.
         progress: show a progress bar.
 
     Returns:
