@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mtzip.layout import Layout, Run
+from mtzip.leaf import LEAVES, replace_module
 from mtzip.report import AxisReport, LayerReport, Private, Report
-from mtzip.share import LEAVES, Layout, Run, ZippedNetwork, block_name, replace_module
+from mtzip.share import ZippedNetwork
 
 
 class Small(nn.Module):
@@ -64,7 +66,7 @@ def share_layer(networks: dict[str, nn.Module], path: str, rows, columns, bias="
             left = 0
             for column in own_columns:
                 piece = layer.weight.detach()[top : top + row.size, left : left + column.size]
-                pieces.setdefault(block_name(row, column), []).append(piece)
+                pieces.setdefault(layout.block_name(row.tasks, column.tasks), []).append(piece)
                 left += column.size
             top += row.size
         values = {name: torch.cat(parts, 1) for name, parts in pieces.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import noise
 
+from mtzip.layout import Run
 from mtzip.match import (
     euclidean,
     functional_difference,
@@ -15,7 +16,6 @@ from mtzip.match import (
     slots_of,
 )
 from mtzip.moments import Moment
-from mtzip.share import Run
 from mtzip.solve import JointSystem, Side
 
 D = 6

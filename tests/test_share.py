@@ -11,7 +11,9 @@ import torch
 from handmade import ALL, BOTH, Small, images, share_layer, small, zipped_pair, zipped_three
 from torch import nn
 
-from mtzip.share import Layout, SharedLayer, ZippedNetwork, leaves
+from mtzip.layout import Layout
+from mtzip.leaf import SharedLayer, leaves
+from mtzip.share import ZippedNetwork
 
 MADE = {"plain": lambda: zipped_pair(False), "scaled": zipped_pair, "three tasks": zipped_three}
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import mtzip
+from mtzip.leaf import SharedLayer, leaves
 from mtzip.permute import permute_
-from mtzip.share import SharedLayer, leaves
 
 METHODS = ("refit", "mtz", "average")
 

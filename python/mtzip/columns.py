@@ -1,4 +1,4 @@
-"""How the columns of corresponding layers are shared, and where each of them lies in the unknown of a joint system."""
+"""How the rows and columns of corresponding layers are shared, and where a column lies in the unknown of a system."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .match import Slots, merge_runs
-from .share import Run
+from .layout import Run, merge_runs
+from .match import Slots
 from .trace.analysis import Analysis
-from .trace.correspond import AxisGroup, LayerGroup
+from .trace.axes import Dim
+from .trace.correspond import AxisGroup
 
 
-def column_runs(
-    group: LayerGroup, analyses: Sequence[Analysis], slots: Mapping[int, Slots], axis_of
+def dimension_runs(
+    dims: Mapping[int, Dim], analyses: Sequence[Analysis], slots: Mapping[int, Slots], axis_of
 ) -> dict[int, tuple[Run, ...]]:
-    """Runs of the columns of every layer of a group, in units of weight dimension 1.
+    """Runs of corresponding dimensions of several tasks, in stored order.
 
-    Columns are shared where all tasks read corresponding segments: the same axis (then its slots say which neurons), or
+    Neurons are shared where all tasks have corresponding segments: the same axis (then its slots say which neurons), or
     a dimension whose order the inputs give, of equal size and place.
 
     Args:
-        group: layers of several tasks.
+        dims: task to the dimension of its weight.
         analyses: of all tasks.
         slots: id of an axis group to how its neurons are stored.
         axis_of: (task, atom) to the axis group or None.
     """
-    dims = {task: analyses[task].axes.resolve(layer.columns) for task, layer in group.layers.items()}
+    dims = {task: analyses[task].axes.resolve(dim) for task, dim in dims.items()}
     result = {}
     for task, dim in dims.items():
         runs: list[Run] = []
@@ -56,6 +57,19 @@ def column_runs(
             runs += scaled * segment.outer
         result[task] = merge_runs(runs)
     return result
+
+
+def axis_rows(analysis: Analysis, dim: Dim, atom: int) -> Tensor:
+    """Positions [n, m] of the m elements that each of the n neurons of an atom has on a dimension."""
+    found, start = [], 0
+    for segment in analysis.axes.resolve(dim):
+        size = analysis.axes[segment.atom].size
+        total = segment.outer * size * segment.inner
+        if segment.atom == atom:
+            places = torch.arange(start, start + total).view(segment.outer, size, segment.inner)
+            found.append(places.transpose(0, 1).reshape(size, -1))
+        start += total
+    return torch.cat(found, 1)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .inputs import Batch
+from .leaf import SharedLayer
 from .trace.analysis import Analysis, Layer
 
 Chunks = list[Any]
@@ -105,12 +106,11 @@ class Execution:
                 stored[arg.name] = exported.constants[arg.name]
         args = list(node.args)
         layer = self._layers.get(node.name)
-        if layer is not None and network is self.network:
+        if layer is not None and network is self.network and layer.bias is None:
             # A leaf may have got a bias that the traced layer had not.
-            owner = network.get_submodule(layer.path) if layer.private is None else None
-            bias = getattr(owner, "bias", None) if owner is not None else None
-            if bias is not None:
-                args[2:3] = [bias]
+            owner = network.get_submodule(layer.weight.rpartition(".")[0])
+            if isinstance(owner, SharedLayer) and owner.layout.bias is not None:
+                args[2:3] = [owner.assembled_bias()]
 
         def run(chunk: int):
             def look_up(arg: fx.Node):

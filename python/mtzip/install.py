@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .columns import Unknown
+from .layout import Layout, Run, pieces, totals
+from .leaf import leaf_class, replace_module
 from .merge import Part, Rows
 from .moments import cross_moment
 from .norms import refit_norm_, set_statistics_
-from .share import LEAVES, Layout, Run, SharedLayer, block_name, replace_module
 
 
 def install_shared(
@@ -36,67 +37,74 @@ def install_shared(
     parameters: dict[tuple, nn.Parameter] = {}
     all_normed = all(part.layer.norm is not None for part in group.values())
     for task, part in group.items():
-        module = networks[task].get_submodule(part.layer.path)
-        leaf_class: type[SharedLayer] = LEAVES[type(module)]
-        kernel = part.layer.kernel
-        dtype, device = module.weight.dtype, module.weight.device
-        private_shift = private_affine and part.layer.norm is None
-        row_runs = runs[task]  # one for each set of tasks: slots are in that order
+        owner, names = part.place
+        module = networks[task].get_submodule(owner)
+        trainable = getattr(module, names[0]).requires_grad
+        row_runs = runs[task]
         whole = (Run((task,), sum(run.size for run in row_runs)),)
-        has_bias = part.has_bias or private_shift
-        bias_runs = None if not has_bias else row_runs if all_normed or part.constant == "shared" else whole
-        scaled = sum(run.size for run in row_runs if len(run.tasks) > 1) if private_shift else 0
-        layout = Layout(task, row_runs, part.columns, bias_runs, scaled)
-        blocks: dict[str, nn.Parameter] = {}
+        bare = part.layer.norm is None
+        has_bias = part.has_bias or (private_affine and bare and part.takes_bias)
+        bias_runs = None
+        if has_bias:
+            bias_runs = row_runs if all_normed or part.constant == "shared" else whole
+        scaled = sum(run.size for run in row_runs if len(run.tasks) > 1) if private_affine and bare else 0
+        layout = Layout(task, row_runs, part.columns, bias_runs, scaled, *names, part.view.transposed)
+        like = getattr(module, names[0])
 
-        trainable = module.weight.requires_grad
-
-        def parameter(key: tuple, value: Callable[[], Tensor], device=device, dtype=dtype, trainable=trainable):
+        def parameter(key: tuple, value: Tensor, like=like, trainable=trainable) -> nn.Parameter:
             if key not in parameters:
-                parameters[key] = nn.Parameter(value().to(device, dtype).contiguous(), trainable)
+                parameters[key] = nn.Parameter(value.to(like.device, like.dtype).contiguous(), trainable)
             elif trainable:  # for one of its tasks
                 parameters[key].requires_grad_()
             return parameters[key]
 
-        own = assembled(row_runs, solved, task)
-        for run in row_runs:
-            unknown, theta, _ = solved[run.tasks]
+        blocks: dict[str, nn.Parameter] = {}
+        for rows in totals(row_runs):
+            unknown, theta, _ = solved[rows]
             for tasks, where in unknown.blocks.items():
                 if task in tasks:
-                    shape = (run.size, -1, *kernel)
-                    value = lambda theta=theta, where=where, shape=shape: theta[where].T.reshape(shape)  # noqa: E731
-                    blocks[block_name(run, Run(tasks, 0))] = parameter((run.tasks, tasks), value)
+                    value = part.view.blocked(theta[where].T)
+                    blocks[layout.block_name(rows, tasks)] = parameter((rows, tasks), value)
+        own = assembled(row_runs, solved, task)
         if has_bias:
             value = own.bias
-            if part.layer.norm is not None:
+            if not bare:
                 value = torch.zeros_like(value)  # the BatchNorm behind takes any constant away
-            start = 0
-            for run, name in zip(bias_runs, layout.bias_blocks(), strict=True):
-                piece = value[start : start + run.size]
-                blocks[name] = parameter(("bias", run.tasks), lambda piece=piece: piece)
-                start += run.size
+            for tasks in totals(bias_runs):
+                piece = value[positions(bias_runs, tasks, value.device)]
+                blocks[layout.bias_block(tasks)] = parameter(("bias", tasks), piece)
         if scaled:
-            scale = own.scale[:scaled]
-            blocks["scale"] = parameter(("scale", task), lambda scale=scale: scale)
-        leaf = leaf_class.wrap(module, layout, {name: blocks[name] for name in _names(layout)})
+            shared = torch.cat(
+                [positions(row_runs, tasks, own.scale.device) for tasks in totals(row_runs) if len(tasks) > 1]
+            )
+            scale = own.scale[shared.sort().values]
+            blocks[layout.scale_name] = parameter(("scale", task), scale)
+        ordered = [*layout.weight_blocks(), *layout.bias_blocks(), *([layout.scale_name] if scaled else [])]
+        leaf = leaf_class(type(module), layout.names).wrap(module, layout, {name: blocks[name] for name in ordered})
         set_network(task, replace_module(networks[task], module, leaf))
+
+
+def positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of the neurons stored by exactly ``tasks``, ascending."""
+    start, parts = 0, [torch.zeros(0, dtype=torch.int64, device=device)]
+    for run in runs:
+        if run.tasks == tasks:
+            parts.append(torch.arange(start, start + run.size, device=device))
+        start += run.size
+    return torch.cat(parts)
 
 
 def assembled(runs: Sequence[Run], solved: Mapping, task: int) -> Rows:
     """All rows of a task in stored order."""
-    pieces = [solved[run.tasks][2][task] for run in runs]
-    return Rows(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("weight", "scale", "bias")))
-
-
-def _names(layout: Layout) -> list[str]:
-    return [*layout.weight_blocks(), *layout.bias_blocks(), *(["scale"] if layout.scaled else [])]
+    found = [(solved[run.tasks][2][task], where) for run, where in pieces(runs)]
+    return Rows(*(torch.cat([getattr(rows, name)[at] for rows, at in found]) for name in ("weight", "scale", "bias")))
 
 
 def install_private(part: Part, network: nn.Module, solved: Rows) -> None:
     """Writes refitted rows into a layer that stays private."""
     with torch.no_grad():
         weight = part.analysis.exported.tensor(part.layer.weight, network)
-        weight.copy_((solved.weight * solved.scale[:, None]).view_as(weight))
+        weight.copy_(part.view.tensor(solved.weight * solved.scale[:, None]))
         if part.layer.bias is not None:
             part.analysis.exported.tensor(part.layer.bias, network).copy_(solved.bias)
 

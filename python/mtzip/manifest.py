@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from . import schema
+from .layout import Layout, totals
+from .leaf import SharedLayer, leaves
+from .leaf import leaf_class as class_of_leaf
 from .report import Report
-from .share import LEAVES, Layout, SharedLayer, ZippedNetwork, leaves
+from .share import ZippedNetwork
 
 FORMAT, VERSION = "mtzip", 1
 
@@ -116,13 +119,14 @@ def check_layout(layout: Layout, task: int, tasks: int, where: str) -> None:
                 )
         if runs is not None and not runs:
             raise ValueError(f"{where} must have at least one run of {name}, got none")
-        if name != "columns" and runs and len({run.tasks for run in runs}) < len(runs):
-            raise ValueError(f"{where} must have one run of {name} for a set of tasks, got two")
+        if any(run.tasks == following.tasks for run, following in zip(runs or (), (runs or ())[1:], strict=False)):
+            raise ValueError(f"{where} must have neighbouring runs of {name} of different tasks, got two alike")
     rows = sum(run.size for run in layout.rows)
     if layout.bias is not None and sum(run.size for run in layout.bias) != rows:
         raise ValueError(f"{where} must have a bias for each of its {rows} rows, got another number")
-    if layout.scaled > rows:
-        raise ValueError(f"{where} must scale at most its {rows} rows, got {layout.scaled}")
+    shared = sum(size for tasks, size in totals(layout.rows).items() if len(tasks) > 1)
+    if layout.scaled not in (0, shared):
+        raise ValueError(f"{where} must scale none or all of its {shared} shared rows, got {layout.scaled}")
 
 
 def leaf_class(layer: nn.Module | None, name: str, layout: Layout, where: str) -> type[SharedLayer]:
@@ -131,10 +135,16 @@ def leaf_class(layer: nn.Module | None, name: str, layout: Layout, where: str) -
     Raises:
         ValueError: the layer is missing, of another class, or of another size than the file has; says which.
     """
-    if type(layer) not in LEAVES or type(layer).__name__ != name:
+    if type(layer).__name__ != name or layer is None:
         got = "none" if layer is None else type(layer).__name__
         raise ValueError(f"{where} must be an nn.{name} as in the file, got {got}; pass a network of the class saved")
-    weight = layer.weight
+    weight = layer._parameters.get(layout.weight)
+    if weight is None or weight.dim() < 2 or layout.bias_name not in layer._parameters:
+        raise ValueError(
+            f"{where} must have the parameters {layout.names} as in the file, got {list(layer._parameters)}"
+        )
+    if layout.transposed:
+        weight = weight.transpose(0, 1)
     expected = sum(run.size for run in layout.rows), sum(run.size for run in layout.columns)
     if expected != tuple(weight.shape[:2]):
         wanted, got = (f"{outputs} outputs and {inputs} inputs" for outputs, inputs in (expected, weight.shape[:2]))
@@ -142,7 +152,7 @@ def leaf_class(layer: nn.Module | None, name: str, layout: Layout, where: str) -
             f"{where} must have {wanted} as in the file, got {got}; pass a network made with the arguments of the one "
             "saved"
         )
-    return LEAVES[type(layer)]
+    return class_of_leaf(type(layer), layout.names)
 
 
 def _aliases(zipped: ZippedNetwork) -> dict[str, str]:
@@ -180,6 +190,9 @@ _LAYOUT = schema.fields(
         "columns": _RUNS,
         "bias": schema.optional(_RUNS),
         "scaled": schema.count,
+        "weight": schema.text,
+        "bias_name": schema.text,
+        "transposed": schema.flag,
     }
 )
 _TEXTS = schema.mapping(schema.text)

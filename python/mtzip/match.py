@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mtz_ext
 
-from .share import Run
+from .layout import Run, merge_runs
 from .solve import JointSystem
 
 #: Ratios of the private scales that matching tries, with either sign: the gain is flat between them.
@@ -64,17 +64,6 @@ class Slots:
     def shared(self) -> int:
         """Number of slots that more than one task uses."""
         return int(((self.table >= 0).sum(1) > 1).sum())
-
-
-def merge_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Neighbouring runs of the same tasks as one."""
-    merged: list[Run] = []
-    for run in runs:
-        if merged and merged[-1].tasks == run.tasks:
-            merged[-1] = Run(run.tasks, merged[-1].size + run.size)
-        elif run.size:
-            merged.append(run)
-    return tuple(merged)
 
 
 def slots_of(

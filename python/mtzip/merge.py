@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ import mtz_ext
 
 from . import match
 from .columns import Unknown, unknown_columns
+from .layout import Run
 from .match import Slots
-from .moments import Moment, Target, cross_moment
-from .share import Run
+from .moments import Moment, Target, View, cross_moment
 from .solve import JointSystem, Side, joint_rows
 from .trace.analysis import Analysis, Layer
 
@@ -30,6 +31,7 @@ class Part:
     Args:
         task: index.
         layer: the traced layer.
+        view: how its weight is a matrix.
         analysis: of its network.
         moment: of what it reads in the zipped network, columns in stored order.
         target: what it should output: the original's pre-activation, in stored row order once the axis is matched.
@@ -46,10 +48,12 @@ class Part:
         constant: "free" where a bias of the task's own, or a BatchNorm, takes any constant of its rows; "shared" where
             one bias serves all tasks; "none" where there is none.
         scalable: whether the task keeps a scale of its own for every row.
+        takes_bias: whether its leaf may get a bias that the layer had not.
     """
 
     task: int
     layer: Layer
+    view: View
     analysis: Analysis
     moment: Moment
     target: Target
@@ -64,6 +68,7 @@ class Part:
     plain_target: Target | None = None
     constant: str = "free"
     scalable: bool = False
+    takes_bias: bool = True
 
     @property
     def has_bias(self) -> bool:
@@ -83,9 +88,14 @@ class Part:
         return 1.0 / variance if variance > 0 else 1.0
 
     @property
+    def place(self) -> tuple[str, tuple[str, str]]:
+        """Path of the module that owns the weight, and the names of its weight and bias there."""
+        return place_of(self.layer)
+
+    @property
     def inner(self) -> int:
         """Columns per unit of a run."""
-        return int(torch.tensor(self.layer.kernel).prod()) if self.layer.kernel else 1
+        return math.prod(self.layer.kernel)
 
     def reorder_rows(self, order: Tensor, weights: bool = True) -> None:
         """Brings the target, and the weights unless they are, into stored order."""
@@ -133,6 +143,13 @@ class Part:
         return right * self.weighting[rows] if weighted and self.weighting is not None else right
 
 
+def place_of(layer: Layer) -> tuple[str, tuple[str, str]]:
+    """Path of the module that owns a layer's weight, and the names of its weight and bias there."""
+    owner, _, name = layer.weight.rpartition(".")
+    default = name.replace("weight", "bias") if "weight" in name else "bias"
+    return owner, (name, default if layer.bias is None else layer.bias.rpartition(".")[2])
+
+
 def settle(parts: Mapping[int, Part], affine: bool) -> None:
     """Decides where the rows of a group get their constants and scales from.
 
@@ -146,7 +163,8 @@ def settle(parts: Mapping[int, Part], affine: bool) -> None:
         norm = part.layer.norm
         part.scalable = affine if norm is None else norm.weight is not None
         if norm is None:
-            part.constant = "shared" if shared else "free" if affine or part.has_bias else "none"
+            free = part.has_bias or (affine and part.takes_bias)
+            part.constant = "shared" if shared else "free" if free else "none"
 
 
 class Systems:
@@ -201,42 +219,45 @@ def _energy(moment: Moment) -> float:
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
-def match_axis(systems: Systems, count: int, method: str, matching: str) -> Slots:
-    """Matches the rows of several tasks' layers and keeps ``count`` slots that all of them share.
+def match_axis(systems: Systems, neurons: Mapping[int, Tensor], count: int, method: str, matching: str) -> Slots:
+    """Matches the neurons of an axis that several tasks' layers write and keeps ``count`` slots that all of them share.
 
     The first two tasks are matched with each other, every further one onto the slots there are.
 
     Args:
-        systems: of the parts, rows in the networks' own order.
+        systems: of the parts.
+        neurons: task to the rows [n, m] that each of its neurons has in its part, in the network's own order.
         count: slots.
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
     """
-    parts = systems.parts
-    tasks = sorted(parts)
-    table = torch.arange(len(parts[tasks[0]].weight))[:, None]
+    tasks = sorted(neurons)
+    table = torch.arange(len(neurons[tasks[0]]))[:, None]
     scales = torch.ones(table.shape, dtype=torch.float64)
     difference = 0.0
     for at in range(1, len(tasks)):
-        distances, ratio = _distances(systems, tasks[: at + 1], table, scales, method)
+        distances, ratio = _distances(systems, neurons, tasks[: at + 1], table, scales, method)
         pairs = mtz_ext.match_neurons(distances, count, method=matching)
-        slots, neurons = pairs.cpu().unbind(1)
+        slots, joining = pairs.cpu().unbind(1)
         difference += float(distances[pairs[:, 0], pairs[:, 1]].sum())
         new = (
             torch.ones(count, dtype=torch.float64) if ratio is None else ratio[pairs[:, 0], pairs[:, 1]].cpu().double()
         )
-        table = torch.cat([table[slots], neurons[:, None]], 1)
+        table = torch.cat([table[slots], joining[:, None]], 1)
         scales = torch.cat([scales[slots], new[:, None]], 1)
-    return match.slots_of(table, tasks, [len(parts[task].weight) for task in tasks], difference, scales)
+    return match.slots_of(table, tasks, [len(neurons[task]) for task in tasks], difference, scales)
 
 
 def _distances(
-    systems: Systems, tasks: Sequence[int], table: Tensor, scales: Tensor, method: str
+    systems: Systems, neurons: Mapping[int, Tensor], tasks: Sequence[int], table: Tensor, scales: Tensor, method: str
 ) -> tuple[Tensor, Tensor | None]:
     """What it costs that a neuron of the last task joins a slot, [slots, n], and the best ratio of its scale.
 
+    Neurons of several rows (heads) cost the sum of their rows, and their scales are not searched for.
+
     Args:
         systems: of the parts.
+        neurons: task to the rows of each of its neurons, [n, m].
         tasks: those that share a slot already, and the one that joins.
         table: [slots, tasks - 1] neurons of every slot.
         scales: [slots, tasks - 1] private scales of its tasks.
@@ -244,8 +265,24 @@ def _distances(
     """
     parts = {task: systems.parts[task] for task in tasks}
     *members, new = tasks
-    rows = {task: table[:, at].to(parts[task].weight.device) for at, task in enumerate(members)}
-    rows[new] = torch.arange(len(parts[new].weight), device=parts[new].weight.device)
+    width = neurons[new].shape[1]
+    rows = {task: neurons[task][table[:, at]].flatten() for at, task in enumerate(members)}
+    rows[new] = neurons[new].flatten()
+    rows = {task: which.to(parts[task].weight.device) for task, which in rows.items()}
+    distances, ratio = _row_distances(systems, rows, scales.repeat_interleave(width, 0), method, width == 1)
+    if width > 1:
+        shape = (len(table), width, len(neurons[new]), width)
+        return distances.view(shape).diagonal(dim1=1, dim2=3).sum(-1), None
+    return distances, ratio
+
+
+def _row_distances(
+    systems: Systems, rows: Mapping[int, Tensor], scales: Tensor, method: str, scaled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for rows: those of the tasks that share already, all of one length, and those of the last task."""
+    tasks = list(rows)
+    *members, new = tasks
+    parts = {task: systems.parts[task] for task in tasks}
     if method == "average":
         unknown, _ = systems.of(tasks, shared_only=True)
         biased = all(part.has_bias for part in parts.values())
@@ -270,7 +307,7 @@ def _distances(
         scalable = all(part.scalable for part in parts.values())
         folded = all(part.fold is not None for part in parts.values())  # of one scale already
         many = len(tasks) == 2 and not folded
-        ratios = () if not scalable else match.RATIOS if many else match.FEW_RATIOS
+        ratios = () if not (scalable and scaled) else match.RATIOS if many else match.FEW_RATIOS
     if len(tasks) == 2:
         return match.scale_free_difference(system, right, ratios)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)
@@ -289,14 +326,14 @@ class Rows:
 
 
 def solve_rows(
-    systems: Systems, rows: Mapping[int, Tensor], slots: Slots | None, method: str
+    systems: Systems, rows: Mapping[int, Tensor], starts: Mapping[int, Tensor] | None, method: str
 ) -> tuple[Unknown, Tensor, dict[int, Rows]]:
     """Solves for rows that the tasks of ``rows`` store together (one task: private rows).
 
     Args:
         systems: of parts with rows in stored order.
         rows: task index to the positions of these rows, all of the same length.
-        slots: how the axis is stored, for the scales matching found.
+        starts: task to the private scale [r] of every row of its part that matching found.
         method: "average", "mtz" or "refit".
 
     Returns:
@@ -306,7 +343,7 @@ def solve_rows(
     parts = {task: systems.parts[task] for task in members}
     unknown, system = systems.of(members)
     if method == "refit":
-        theta, scales = _refit(parts, rows, unknown, system, slots)
+        theta, scales = _refit(parts, rows, unknown, system, starts)
     else:
         theta, bias = _average(parts, rows, unknown)
         if method == "mtz" and len(members) > 1:
@@ -365,7 +402,7 @@ def _merge_closed_form(
     return theta, merged[-1] if system.size > shared.size else bias
 
 
-def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | None):
+def _refit(parts, rows, unknown: Unknown, system: JointSystem, starts: Mapping[int, Tensor] | None):
     """Joint least squares onto the originals' outputs; private scales, where all tasks have them, by alternation."""
     members = sorted(parts)
     joint = len(members) > 1 and all(part.scalable for part in parts.values())
@@ -373,7 +410,7 @@ def _refit(parts, rows, unknown: Unknown, system: JointSystem, slots: Slots | No
         parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=joint)
         for side, task in zip(system.sides, members, strict=True)
     ]
-    start = [slots.scale(task).to(right[0])[rows[task]] for task in members] if joint else None
+    start = [starts[task].to(right[0])[rows[task]] for task in members] if joint else None
     sweeps = SCALE_SWEEPS if parts[members[0]].layer.kind == "linear" else 0
     # Behind a BatchNorm the scale is its affine's, which is fitted later.
     fit = any(part.layer.norm is None for part in parts.values())

@@ -112,11 +112,28 @@ class View:
         kind: "linear", "conv1d", "conv2d" or "conv3d".
         kernel: kernel size, () for linear.
         settings: stride, padding, dilation; ``total_padding`` where it is not the same on both sides.
+        transposed: whether its weight has the columns first.
     """
 
-    def __init__(self, kind: str, kernel: Sequence[int] = (), settings: dict[str, Any] | None = None):
+    def __init__(
+        self, kind: str, kernel: Sequence[int] = (), settings: dict[str, Any] | None = None, transposed: bool = False
+    ):
         self.is_linear = kind == "linear"
         self.kernel, self.settings = tuple(kernel), dict(settings or {})
+        self.transposed = transposed
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The layer's weight as rows x columns."""
+        return (weight.transpose(0, 1) if self.transposed else weight).flatten(1)
+
+    def blocked(self, matrix: Tensor) -> Tensor:
+        """Some rows and whole input channels of :meth:`matrix` as a block of the weight, rows first."""
+        return matrix.reshape(len(matrix), -1, *self.kernel)
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`."""
+        weight = self.blocked(matrix)
+        return weight.transpose(0, 1) if self.transposed else weight
 
     def prepare(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Input padded explicitly where the two sides differ, and the symmetric padding that is left."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import safefile
+from .layout import Layout
+from .leaf import replace_module
 from .manifest import Manifest, leaf_class
-from .share import Layout, ZippedNetwork, replace_module
+from .share import ZippedNetwork
 
 
 def save(zipped: ZippedNetwork, path: str | os.PathLike) -> None:
@@ -106,15 +108,15 @@ def _with_leaf(network: nn.Module, path: str, name: str, layout: Layout, where: 
     # Not get_submodule: that is getattr, which would run the properties a path may name.
     layer = dict(network.named_modules(remove_duplicate=False)).get(path)
     leaf = leaf_class(layer, name, layout, where)
-    weight, bias = layer.weight, layer.bias
+    weight, bias = (getattr(layer, name) for name in layout.names)
     trained = weight.requires_grad
     shapes = {block: (*shape, *weight.shape[2:]) for block, shape in layout.weight_blocks().items()}
     shapes |= {block: (size,) for block, size in layout.bias_blocks().items()}
-    shapes |= {"scale": (layout.scaled,)} if layout.scaled else {}
+    shapes |= {layout.scale_name: (layout.scaled,)} if layout.scaled else {}
     blocks = {
         block: nn.Parameter(
             torch.empty(shape, dtype=weight.dtype, device=weight.device),
-            bias.requires_grad if block.startswith("bias") and bias is not None else trained,
+            bias.requires_grad if block in layout.bias_blocks() and bias is not None else trained,
         )
         for block, shape in shapes.items()
     }
@@ -146,20 +148,13 @@ def _tie(zipped: ZippedNetwork, manifest: Manifest, tensors: Mapping[str, Tensor
     sharing = {place: {other.split(".")[1] for other in places} for places in expected.values() for place in places}
     for task, layers in manifest.layers.items():
         for path, (_, layout) in layers.items():
-            for block, numbers in _block_tasks(layout).items():
+            for block, numbers in layout.block_tasks().items():
                 place = ".".join(filter(None, ("networks", task, path, block)))
                 names = {manifest.tasks[number] for number in numbers}
                 if sharing.get(place, {task}) != names:
                     raise ValueError(
                         f"block {place!r} must be shared by {sorted(names)} as its layout says, got others"
                     )
-
-
-def _block_tasks(layout: Layout) -> dict[str, set[int]]:
-    """Name of every block to the numbers of the tasks that store it."""
-    weights = {name: set(map(int, name.rpartition("_columns_")[2].split("_"))) for name in layout.weight_blocks()}
-    biases = {name: set(map(int, name.removeprefix("bias_rows_").split("_"))) for name in layout.bias_blocks()}
-    return weights | biases | ({"scale": {layout.task}} if layout.scaled else {})
 
 
 def _fill(zipped: ZippedNetwork, manifest: Manifest, tensors: dict[str, Tensor]) -> None:

@@ -26,6 +26,13 @@ def count(value: Any, where: str) -> int:
     return value
 
 
+def flag(value: Any, where: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise _wrong(where, "true or false", value)
+    return value
+
+
 def number(value: Any, where: str) -> float:
     """A number; None stands for one that is not finite, which JSON does not have."""
     if value is None:

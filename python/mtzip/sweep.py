@@ -15,8 +15,10 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from . import install, merge
-from .columns import column_runs
+from .columns import axis_rows, dimension_runs
 from .execute import Execution
+from .layout import Run
+from .leaf import LEAVES
 from .match import Slots
 from .merge import Part
 from .moments import View, collect, enough
@@ -25,9 +27,9 @@ from .permute import permute_
 from .reconstruct import corrected, correction, following
 from .report import AxisReport, LayerReport
 from .sensitivity import row_weighting
-from .share import Run
 from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
+from .trace.axes import Dim
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 
 #: Positions to a column and samples that are enough for a layer's moments, and for a substitution that corrects them.
@@ -120,100 +122,113 @@ class Sweep:
 
         return visit
 
+    def _orders(self, task: int) -> dict[int, torch.Tensor]:
+        """Atom to stored order of every axis of a task that is matched."""
+        return {
+            axis.atoms[task]: self.slots[id(axis)].order(task)
+            for axis in self.correspondence.axes
+            if task in axis.atoms and id(axis) in self.slots
+        }
+
     def _order_of(self, task: int, node: fx.Node) -> torch.Tensor | None:
         """Stored order of dimension 1 of a node's value, None where it is the network's own."""
         analysis = self.analyses[task]
-        orders = {}
-        for axis in self.correspondence.axes:
-            if task in axis.atoms and id(axis) in self.slots:
-                orders[axis.atoms[task]] = self.slots[id(axis)].order(task)
-        return analysis.axes.index(analysis.dims(node)[1], orders)
+        return analysis.axes.index(analysis.dims(node)[1], self._orders(task))
 
     # -- groups ------------------------------------------------------------------------------------------------
 
     def _axis_of(self, task: int, atom: int) -> AxisGroup | None:
         return self.correspondence.axis_of(task, atom)
 
-    def _row_axis(self, task: int, layer: Layer) -> AxisGroup | None:
-        dim = self.analyses[task].axes.resolve(layer.rows)
-        return self._axis_of(task, dim[0].atom) if len(dim) == 1 else None
+    def _row_axes(self, task: int, layer: Layer) -> list[AxisGroup]:
+        """Axes a layer writes of which some neurons are to be shared."""
+        found = []
+        for segment in self.analyses[task].axes.resolve(layer.rows) or ():
+            axis = self._axis_of(task, segment.atom)
+            if axis is not None and self.options.counts.get(axis.name) and axis not in found:
+                found.append(axis)
+        return found
+
+    def _runs(self, dims: Mapping[int, Dim]) -> dict[int, tuple[Run, ...]]:
+        return dimension_runs(dims, self.analyses, self.slots, self._axis_of)
 
     def _merge(self, group: LayerGroup) -> dict[int, bool]:
         """Merges what can be shared of a group and refits the rest; says which layers changed."""
-        axis_members: dict[int, dict[int, Layer]] = {}
-        alone: dict[int, Layer] = {}
-        axes: dict[int, AxisGroup] = {}
+        axes: list[AxisGroup] = []
+        writers: dict[int, list[int]] = {}
         for task, layer in group.layers.items():
-            axis = self._row_axis(task, layer)
-            if axis is None or layer.private is not None or not self.options.counts.get(axis.name):
-                alone[task] = layer
-            else:
-                axis_members.setdefault(id(axis), {})[task] = layer
-                axes[id(axis)] = axis
-        for key in [key for key, members in axis_members.items() if len(members) < 2]:
-            alone.update(axis_members.pop(key))
-        columns = column_runs(group, self.analyses, self.slots, self._axis_of)
+            for axis in self._row_axes(task, layer) if layer.private is None and layer.groups == 1 else ():
+                writers.setdefault(id(axis), []).append(task)
+                axes += [] if axis in axes else [axis]
+        axes = [axis for axis in axes if len(writers[id(axis)]) > 1]
+        members = sorted({task for axis in axes for task in writers[id(axis)]})
+        columns = self._runs({task: layer.columns for task, layer in group.layers.items()})
         changed = {}
-        for key, members in axis_members.items():
-            self._share(group, axes[key], members, columns)
-            changed.update(dict.fromkeys(members, True))
-        for task, layer in alone.items():
-            changed[task] = self._refit_private(group, task, layer, columns[task])
+        if members:
+            parts = {task: self._part(task, group.layers[task], columns[task], True) for task in members}
+            merge.settle(parts, self.options.affine)
+            systems = merge.Systems(parts)
+            for axis in axes:
+                if id(axis) not in self.slots:
+                    self._match(axis, systems, writers[id(axis)])
+            self._share(group, systems)
+            changed = dict.fromkeys(members, True)
+        for task, layer in group.layers.items():
+            if task not in members:
+                changed[task] = self._refit_private(group, task, layer, columns[task])
         return changed
 
-    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], fold: bool) -> Part:
-        """A layer's moments and weights; in stored row order if its axis is matched already."""
-        execution, analysis = self.executions[task], self.analyses[task]
-        view = View(layer.kind, layer.kernel, layer.settings)
+    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], shared: bool) -> Part:
+        """A layer's moments and weights, in stored row order as far as its axes are matched.
+
+        Args:
+            shared: whether other tasks share it, so that its BatchNorm is folded in.
+        """
+        execution, analysis, network = self.executions[task], self.analyses[task], self.networks[task]
+        view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
         inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
         sizes = enough(view, inputs, *MOMENT_SAMPLES)
-        moment, target = collect(view, _heads(inputs, sizes), _heads(outputs, sizes))
+        inputs, outputs = _heads(inputs, sizes), _heads(outputs, sizes)
+        moment, target = collect(view, inputs, outputs)
         if not (torch.isfinite(moment.mean).all() and torch.isfinite(target.variance).all()):
             raise ValueError(
                 f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
                 "expected finite values; check the network and its inputs"
             )
-        network = self.networks[task]
-        weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
+        weight = view.matrix(analysis.exported.tensor(layer.weight, network).detach().double())
         bias = weight.new_zeros(len(weight))
         if layer.bias is not None:
             bias = analysis.exported.tensor(layer.bias, network).detach().double()
         damping = self.options.damping or automatic_damping(len(moment.mean), moment.count)
-        part = Part(task, layer, analysis, moment, target, weight, bias, columns, damping)
+        part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
         part.normalised = self.options.method != "mtz"
+        part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
         sensitivity = self.sensitivities[task].get(layer.path)
-        if fold and layer.norm is not None:
+        if shared and self.options.method != "average" and layer.norm is not None:
             part.fold = folded_affine(analysis, layer.norm)
             part.target = target.scaled(*part.fold)
-        if sensitivity is not None:
+        if shared and sensitivity is not None:
             part.weighting = row_weighting(sensitivity.to(weight.device), None if part.fold is None else part.fold[0])
-        axis = self._row_axis(task, layer)
-        if axis is not None and id(axis) in self.slots:
-            part.reorder_rows(self.slots[id(axis)].order(task), weights=False)
+        order = analysis.axes.index(layer.rows, self._orders(task))
+        if order is not None:
+            part.reorder_rows(order, weights=False)
         if part.fold is not None:  # both in the same order now
             scale, shift = part.fold
             part.weight, part.bias = weight * scale[:, None], bias * scale + shift
         return part
 
-    def _share(self, group: LayerGroup, axis: AxisGroup, members: dict[int, Layer], columns) -> None:
-        options = self.options
-        fold = options.method != "average"
-        parts = {task: self._part(task, layer, columns[task], fold) for task, layer in members.items()}
-        merge.settle(parts, options.affine)
-        systems = merge.Systems(parts)
-        if id(axis) not in self.slots:
-            self._match(axis, systems)
-            for part in parts.values():
-                part.reorder_rows(self.slots[id(axis)].order(part.task))
-        slots = self.slots[id(axis)]
-        runs = {task: slots.runs(task, sorted(members)) for task in members}
-        solved = self._solve(systems, runs, slots)
+    def _share(self, group: LayerGroup, systems: merge.Systems) -> None:
+        """Solves for the rows of a group whose axes are matched, and installs them."""
+        options, parts = self.options, systems.parts
+        runs = self._runs({task: part.layer.rows for task, part in parts.items()})
+        starts = {task: self._starts(part) for task, part in parts.items()}
+        solved = self._solve(systems, runs, starts)
         if options.method == "refit":
             for _ in range(options.reconstructions):
                 if not self._retarget(parts, runs, solved):
                     break
-                solved = self._solve(systems, runs, slots)
-        before = sum(_layer_size(self.analyses[t], layer) for t, layer in members.items())
+                solved = self._solve(systems, runs, starts)
+        before = sum(_layer_size(part.analysis, part.layer) for part in parts.values())
         install.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
         report = LayerReport(group.name, before, 0)
         for task, part in parts.items():
@@ -226,15 +241,24 @@ class Sweep:
             report.error[self.tasks[task]] = install.relative_error(part, rows, outputs)
             report.space = "sample" if part.moment.samples is not None else "feature"
         report.damping = max(part.damping for part in parts.values()) * systems.escalation
-        report.after = _distinct_size(self.networks, members)
+        report.after = _distinct_size(self.networks, parts)
         self.layers.append(report)
 
-    def _solve(self, systems: merge.Systems, runs: Mapping[int, tuple[Run, ...]], slots: Slots):
+    def _starts(self, part: Part) -> torch.Tensor:
+        """Private scale [r] of every row that matching found, in stored order."""
+        starts = torch.ones(len(part.weight), dtype=torch.float64)
+        for axis in self._row_axes(part.task, part.layer):
+            if id(axis) in self.slots and part.task in axis.atoms:
+                rows = axis_rows(part.analysis, part.layer.rows, axis.atoms[part.task])
+                starts[rows] = self.slots[id(axis)].scale(part.task)[:, None].expand(rows.shape)
+        return starts
+
+    def _solve(self, systems: merge.Systems, runs: Mapping[int, tuple[Run, ...]], starts: Mapping[int, torch.Tensor]):
         """Rows of every set of tasks that stores some together."""
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: _positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
-            solved[tasks] = merge.solve_rows(systems, rows, slots, self.options.method)
+            rows = {task: install.positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
+            solved[tasks] = merge.solve_rows(systems, rows, starts, self.options.method)
         return solved
 
     def _retarget(self, parts: Mapping[int, Part], runs, solved) -> bool:
@@ -249,7 +273,7 @@ class Sweep:
             if not follow or layer.kind == "linear" or part.moment.samples is not None:
                 continue
             found = True
-            view = View(layer.kind, layer.kernel, layer.settings)
+            view = part.view
             sizes = enough(view, execution.inputs(layer), *RECONSTRUCTION_SAMPLES)
             inputs = _heads(execution.inputs(layer), sizes)
             originals = _heads(execution.original[layer.node.name], sizes)
@@ -263,14 +287,18 @@ class Sweep:
             part.target = corrected(part.plain_target, part.moment, *correction(view, inputs, outputs, targets, follow))
         return found
 
-    def _match(self, axis: AxisGroup, systems: merge.Systems) -> None:
-        count = self.options.counts[axis.name]
-        slots = merge.match_axis(systems, count, self.options.method, self.options.matching)
-        parts = systems.parts
+    def _match(self, axis: AxisGroup, systems: merge.Systems, tasks: Sequence[int]) -> None:
+        """Matches an axis at the layers that write it, and brings the networks and parts into stored order."""
+        count, parts = self.options.counts[axis.name], {task: systems.parts[task] for task in tasks}
+        neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
+        slots = merge.match_axis(systems, neurons, count, self.options.method, self.options.matching)
         self.slots[id(axis)] = slots
         for task, part in parts.items():
-            permute_(self.networks[task], part.analysis, {axis.atoms[task]: slots.order(task)})
-        energy = sum(part.alpha * float(part.target.variance.sum()) for part in parts.values()) / 2
+            orders = {axis.atoms[task]: slots.order(task)}
+            permute_(self.networks[task], part.analysis, orders)
+            part.reorder_rows(part.analysis.axes.index(part.layer.rows, orders))
+        written = {task: rows.flatten() for task, rows in neurons.items()}
+        energy = sum(part.alpha * float(part.target.variance[written[t]].sum()) for t, part in parts.items()) / 2
         width = min(axis.sizes.values())
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
         report.difference = slots.difference / (energy * slots.shared / width) if slots.shared and energy else 0.0
@@ -280,13 +308,12 @@ class Sweep:
 
     def _refit_private(self, group: LayerGroup, task: int, layer: Layer, columns: tuple[Run, ...]) -> bool:
         """Refits a layer no other task shares, if what it reads has changed; says whether it was changed."""
-        axis = self._row_axis(task, layer)
-        reordered = axis is not None and task in axis.atoms and id(axis) in self.slots
+        reordered = self.analyses[task].axes.index(layer.rows, self._orders(task)) is not None
         if not self.executions[task].input_changed(layer):
             return reordered
         if self.options.method != "refit" or layer.calls > 1:
             return True
-        part = self._part(task, layer, columns, fold=False)
+        part = self._part(task, layer, columns, shared=False)
         part.columns = (Run((task,), sum(run.size for run in columns)),)
         if layer.bias is None and layer.norm is None:
             part.constant = "none"
@@ -312,24 +339,16 @@ def _heads(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.T
     return [x[:size] for x, size in zip(chunks, sizes, strict=False)]
 
 
-def _positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Positions of the rows stored by exactly ``tasks``."""
-    start, parts = 0, []
-    for run in runs:
-        if run.tasks == tasks:
-            parts.append(torch.arange(start, start + run.size, device=device))
-        start += run.size
-    return torch.cat(parts)
-
-
 def _layer_size(analysis: Analysis, layer: Layer) -> int:
     paths = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
     return sum(analysis.exported.tensor(path).numel() for path in paths)
 
 
-def _distinct_size(networks: Sequence[nn.Module], members: Mapping[int, Layer]) -> int:
+def _distinct_size(networks: Sequence[nn.Module], parts: Mapping[int, Part]) -> int:
+    """Parameters that the leaves of some layers store."""
     distinct = {}
-    for task, layer in members.items():
-        for parameter in networks[task].get_submodule(layer.path).parameters():
-            distinct[id(parameter)] = parameter.numel()
+    for task, part in parts.items():
+        leaf = networks[task].get_submodule(part.place[0])
+        for name in leaf.layout.block_tasks():
+            distinct[id(leaf._parameters[name])] = leaf._parameters[name].numel()
     return sum(distinct.values())

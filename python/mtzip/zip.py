@@ -12,10 +12,11 @@ from torch import nn
 
 from .execute import Execution
 from .inputs import calibration_batches, device_of
+from .leaf import LEAVES
 from .permute import verify_axes
 from .report import Private, Report
 from .sensitivity import sensitivities
-from .share import LEAVES, ZippedNetwork, check_name
+from .share import ZippedNetwork, check_name
 from .sweep import Options, Sweep
 from .trace.analysis import Analysis
 from .trace.correspond import AxisGroup, correspond

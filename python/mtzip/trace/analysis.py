@@ -31,6 +31,8 @@ class Layer:
         norm: the BatchNorm that alone reads its output, None without one.
         private: why its rows cannot be stored in blocks; None where they can.
         calls: how often the graph reads its weight.
+        transposed: True where its weight has the columns first, [columns, rows, ...].
+        groups: of a convolution.
     """
 
     path: str
@@ -45,6 +47,8 @@ class Layer:
     norm: Norm | None = None
     private: str | None = None
     calls: int = 1
+    transposed: bool = False
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -187,7 +191,6 @@ class Analysis:
         ):
             layer.private = f"its module is {type(module).__name__}, for which there is no leaf class"
             layer.path = weight
-        self.axes[out[0].atom].writers.append(layer.path)
         self.use(weight_node, 0, out)
         self.use(weight_node, 1, reads)
         if bias_node is not None:
@@ -243,6 +246,10 @@ class Analysis:
         return [None] * len(self.shape(node) or ())
 
     def _finish(self) -> None:
+        for layer in self.layers.values():
+            for segment in self.axes.resolve(layer.rows):
+                writers = self.axes[segment.atom].writers
+                writers += [layer.path] if layer.path not in writers else []
         reads = Counter(self.exported.tensors.get(a.name) for n in self.exported.graph.nodes for a in n.all_input_nodes)
         for norm in [norm for norm in self.norms if reads[norm.mean] > 1]:
             self.norms.remove(norm)  # it cannot be fitted to several inputs
