@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mtzip.inputs import as_batch
-from mtzip.share import LEAVES
+from mtzip.leaf import LEAVES
 from mtzip.trace.analysis import Analysis
 from mtzip.trace.correspond import Correspondence, correspond
 from mtzip.trace.export import export
@@ -158,3 +158,45 @@ def axes_of(correspondence: Correspondence) -> dict[str, tuple[int, ...]]:
 def why(correspondence: Correspondence, task: int) -> dict[str, str]:
     """What of a task stays private, and why."""
     return {note.name: note.reason for owner, note in correspondence.notes if owner == task}
+
+
+class CifarBlock(nn.Module):
+    """Basic block; where the shape changes the shortcut takes every second pixel and pads the channels with zeros."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.added = (width - channels) // 2
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.added:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added), "constant", 0)
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet-20 (``blocks=3``), -32 (5) and -56 (9) of He et al. for 32 x 32 pictures."""
+
+    def __init__(self, blocks: int = 3, widths=(16, 32, 64), classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        channels = widths[0]
+        for stage, width in enumerate(widths):
+            layers = []
+            for block in range(blocks):
+                layers.append(CifarBlock(channels, width, 2 if stage and not block else 1))
+                channels = width
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = F.avg_pool2d(x, x.size()[3])
+        return self.linear(x.view(x.size(0), -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from nets import (
     IMAGE,
     Branches,
+    CifarResNet,
     Functional,
     Residual,
     analysed,
@@ -34,9 +36,9 @@ PICTURES = noise(4, *IMAGE)
 
 
 def free_axes(analysis) -> dict[int, list[str]]:
-    """Atom to writers of every axis that may be reordered."""
-    roots = analysis.axes.roots()
-    return {atom: analysis.axes[atom].writers for atom in roots if analysis.axes[atom].pinned is None}
+    """Atom to writers of every axis that some layer writes and that may be reordered."""
+    atoms = [(atom, analysis.axes[atom]) for atom in analysis.axes.roots()]
+    return {at: atom.writers for at, atom in atoms if atom.pinned is None and atom.size > 1 and atom.writers}
 
 
 def assert_reordering_changes_nothing(network: nn.Module, x: torch.Tensor, least: int = 1) -> None:
@@ -291,14 +293,15 @@ def test_weights_read_elsewhere_are_private():
     assert analysis.layers["code"].calls == 2
 
 
-def test_an_axis_first_written_by_a_private_layer_stays_private():
+def test_an_axis_first_written_by_a_private_layer_is_shared_by_its_other_writers():
     class Stem(nn.Conv2d):
         pass
 
     plain, other = seeded(Residual), seeded(lambda: Residual(stem=Stem), 1)
     _, found = corresponding((plain, PICTURES), (other, PICTURES))
-    assert axes_of(found) == {"ins.0": (5, 5), "ins.1": (5, 5)}
-    assert "stem.weight writes the same axis before it" in why(found, 1)["outs.0"]
+    assert axes_of(found) == {"outs.0": (6, 6), "ins.0": (5, 5), "ins.1": (5, 5)}
+    assert [writers.name for writers in found.axes[1].writers] == ["outs.0", "outs.1"]
+    assert "no leaf class" in why(found, 1)["stem.weight"]
 
 
 # -- networks that are hard to export --------------------------------------------------------------------------
@@ -407,6 +410,26 @@ def test_reordering_every_axis_of_a_random_network_changes_nothing(names, end):
         layers += [nn.Linear(features, 6), nn.ReLU()]
         features = 6
     assert_reordering_changes_nothing(seeded(lambda: nn.Sequential(*layers, nn.Linear(features, 3))), PICTURES)
+
+
+def test_the_zero_padded_shortcut_makes_three_axes_of_a_residual_stream():
+    """Zeros before and behind the 4 channels that stage 1 writes: the axis of 8 is 2 + 4 + 2."""
+    x = noise(3, 3, 16, 16)
+    nets = [(seeded(partial(CifarResNet, 2, (w, 2 * w, 4 * w))), x) for w in (4, 8)]
+    _, found = corresponding(*nets)
+    sizes = {axis.name: (axis.sizes[0], axis.sizes[1]) for axis in found.axes if len(axis.writers) > 1}
+    assert sizes == {
+        "conv1": (4, 8),
+        "layer2.0.conv2[0:2]": (2, 4),
+        "layer2.0.conv2[6:8]": (2, 4),
+        "layer3.0.conv2[0:4]": (4, 8),
+        "layer3.0.conv2[12:16]": (4, 8),
+    }
+    stream = found.axes[0]
+    stages = [1, 1, 2, 2, 3, 3]
+    assert [w.name for w in stream.writers[1:]] == [f"layer{s}.{at % 2}.conv2" for at, s in enumerate(stages)]
+    assert [w.name for w in found.axes[-1].writers] == ["layer3.1.conv1"]
+    assert_reordering_changes_nothing(nets[0][0], x, 11)
 
 
 # -- the proof on the example ----------------------------------------------------------------------------------
@@ -530,7 +553,7 @@ def test_two_inputs_and_keywords():
             return {"logits": self.head(torch.cat([self.left(first), self.right(second)], 1).relu())}
 
     from mtzip.inputs import as_batch
-    from mtzip.share import LEAVES
+    from mtzip.leaf import LEAVES
     from mtzip.trace.analysis import Analysis
     from mtzip.trace.export import export
 

@@ -83,7 +83,7 @@ class Analysis:
     to touch.
     """
 
-    def __init__(self, exported: Exported, leaf_classes: tuple[type[nn.Module], ...]):
+    def __init__(self, exported: Exported, leaf_classes: tuple[type[nn.Module], ...] | None = None):
         self.exported = exported
         self.axes = Axes()
         self.layers: dict[str, Layer] = {}
@@ -185,7 +185,7 @@ class Analysis:
         )
         module = self.exported.network.get_submodule(path)
         if (
-            type(module) not in self._leaf_classes
+            (self._leaf_classes is not None and type(module) not in self._leaf_classes)
             or name != "weight"
             or (bias is not None and bias != _dot(path, "bias"))
         ):

@@ -7,6 +7,7 @@ through: a class and a Sequential, or a ReLU and a GELU, are the same graph; ano
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import fx
 
 from . import rules
 from .analysis import Analysis, Layer, Note
-from .axes import Dim
+from .axes import Dim, Segment
 
 #: Operators whose operands may change places: ``x + f(x)`` is ``f(x) + x``.
 _SYMMETRIC = ("add", "mul", "maximum", "minimum")
@@ -33,7 +34,8 @@ class AxisGroup:
     """Axes of several tasks whose neurons may be shared: task index to representative atom.
 
     Args:
-        name: path of the first writer in the first task.
+        name: path of the first writer in the first task; with the rows of it, where its rows lie on several axes
+            ("layer2.0.conv2[24:32]").
         atoms: task index to atom.
         sizes: task index to number of neurons.
         writers: groups of layers whose rows lie on it, in graph order.
@@ -144,50 +146,87 @@ def _ordered(groups: list[LayerGroup], analyses, notes) -> list[LayerGroup]:
 
 
 def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list[AxisGroup]:
-    """Axes that writers of several tasks have in common; one that cannot be reordered is left out with its reason."""
+    """Axes that writers of several tasks have in common; one that cannot be reordered is left out with its reason.
+
+    The rows of a layer may lie on several axes, one segment behind the other: those correspond position by position.
+    """
     found: list[AxisGroup] = []
     owner: dict[tuple[int, int], AxisGroup] = {}
+
+    def note(task: int, layer: Layer, reason: str) -> None:
+        notes.append((task, Note(layer.name, reason)))
+
     for group in groups:
-        if len(group.layers) < 2:
+        rows = _alike(group, analyses, note)
+        if not rows:
             continue
-        atoms = {task: _single(analyses[task], layer.rows) for task, layer in group.layers.items()}
-        atoms = {task: atom for task, atom in atoms.items() if atom is not None}
-        usable = {}
-        for task, atom in atoms.items():
-            reason = analyses[task].axes[atom].pinned or group.layers[task].private
-            first = analyses[task].axes[atom].writers[0]
-            if reason is None and (task, atom) not in owner and first != group.layers[task].path:
-                # Merging would reorder an axis that layers have read already.
-                reason = f"{first} writes the same axis before it and cannot be shared"
-            if reason is None:
-                usable[task] = atom
-            else:
-                notes.append((task, Note(group.layers[task].name, reason)))
-        known = [owner[key] for key in usable.items() if key in owner]
-        axis = known[0] if known else None
-        if axis is None:
-            if len(usable) < 2:
-                for task in usable:
-                    notes.append((task, Note(group.layers[task].name, "its counterpart cannot be shared")))
-                continue
-            axis = AxisGroup(group.name, {}, {}, [])
-            found.append(axis)
-        for task, atom in usable.items():
-            current = owner.get((task, atom))
-            if current is axis or (current is None and task not in axis.atoms):
-                axis.atoms[task] = atom
-                axis.sizes[task] = analyses[task].axes[atom].size
-                owner[task, atom] = axis
-            else:
-                reason = "its axis is tied to another axis than in the other networks"
-                notes.append((task, Note(group.layers[task].name, reason)))
-        axis.writers.append(
-            LayerGroup(group.name, {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]})
-        )
+        first = next(iter(rows))
+        positions = range(len(rows[first]))
+        shared: dict[int, int] = dict.fromkeys(rows, 0)  # number of segments of each task that lie on a shared axis
+        reasons: dict[int, str] = {}
+        for at in positions:
+            usable = {}
+            for task, segments in rows.items():
+                atom = segments[at].atom
+                pinned = analyses[task].axes[atom].pinned
+                if pinned is None:
+                    usable[task] = atom
+                else:
+                    reasons.setdefault(task, pinned)
+            axis = next((owner[key] for key in usable.items() if key in owner), None)
+            if axis is None:
+                if len(usable) < 2:
+                    for task in usable:
+                        reasons.setdefault(task, "its counterpart cannot be shared")
+                    continue
+                name = group.name if len(positions) == 1 else _piece(group.name, analyses[first], rows[first], at)
+                axis = AxisGroup(name, {}, {}, [])
+                found.append(axis)
+            for task, atom in usable.items():
+                current = owner.get((task, atom))
+                if current is axis or (current is None and task not in axis.atoms):
+                    axis.atoms[task] = atom
+                    axis.sizes[task] = analyses[task].axes[atom].size
+                    owner[task, atom] = axis
+                    shared[task] += 1
+                else:
+                    reasons.setdefault(task, "its axis is tied to another axis than in the other networks")
+            members = {t: group.layers[t] for t in usable if axis.atoms.get(t) == usable[t]}
+            if members and not any(writers.name == group.name for writers in axis.writers):
+                axis.writers.append(LayerGroup(group.name, members))
+        for task, reason in reasons.items():
+            part = (
+                ""
+                if not shared[task]
+                else f"{shared[task]} of {len(positions)} parts of its rows are shared; of the rest: "
+            )
+            note(task, group.layers[task], part + reason)
     return [axis for axis in found if len(axis.atoms) > 1]
 
 
-def _single(analysis: Analysis, dim: Dim) -> int | None:
-    """The atom of a dimension that is exactly one atom."""
-    dim = analysis.axes.resolve(dim)
-    return dim[0].atom if dim is not None and len(dim) == 1 and dim[0].outer == dim[0].inner == 1 else None
+def _alike(group: LayerGroup, analyses: Sequence[Analysis], note) -> dict[int, Dim]:
+    """Task to the segments of its rows, for tasks whose rows can be shared and have the same structure."""
+    if len(group.layers) < 2:
+        return {}
+    rows: dict[int, Dim] = {}
+    for task, layer in group.layers.items():
+        if layer.private is not None:
+            note(task, layer, layer.private)
+        else:
+            rows[task] = analyses[task].axes.resolve(layer.rows)
+    structures = {task: tuple((s.outer, s.inner) for s in dim) for task, dim in rows.items()}
+    counts = Counter(structures.values())
+    for task, structure in structures.items():
+        if structure != max(counts, key=counts.__getitem__):
+            note(task, group.layers[task], "its rows lie on axes of another structure than in the other networks")
+            del rows[task]
+    if len(rows) == 1:
+        task = rows.popitem()[0]
+        note(task, group.layers[task], "its counterpart cannot be shared")
+    return rows
+
+
+def _piece(name: str, analysis: Analysis, segments: Sequence[Segment], at: int) -> str:
+    """Name of one of several axes that a layer's rows lie on: which rows those are in the first task."""
+    start = sum(analysis.axes.length(segment) for segment in segments[:at])
+    return f"{name}[{start}:{start + analysis.axes.length(segments[at])}]"

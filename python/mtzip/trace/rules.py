@@ -223,13 +223,29 @@ def extreme(analysis: Analysis, node: fx.Node) -> list[Dim]:
 
 @rule("constant_pad_nd", "pad")
 def pad(analysis: Analysis, node: fx.Node) -> list[Dim]:
-    """Padding a spatial dimension leaves the channels alone."""
+    """Constants before and behind: on an axis, segments of their own that may be in any order."""
     dims = list(analysis.dims(node.args[0]))
-    before, after = analysis.shape(node.args[0]), analysis.shape(node)
-    for at, dim in enumerate(dims):
-        if before[at] != after[at]:
+    widths = list(node.args[1])
+    constant = name_of(node) == "constant_pad_nd" or (node.args[2:3] or [node.kwargs.get("mode", "constant")])[0] == (
+        "constant"
+    )
+    for at in range(len(widths) // 2):
+        before, after = widths[2 * at : 2 * at + 2]
+        position = len(dims) - 1 - at
+        dim = dims[position]
+        if dim is None or (before == 0 and after == 0):
+            continue
+        if not constant or not all(isinstance(width, int) for width in (before, after)):
             analysis.pin(dim, node, "pads it")
-            dims[at] = None
+            dims[position] = None
+            continue
+        where = f"{name_of(node)} ({node.name})"
+        if before < 0:
+            dim = analysis.axes.cut(dim, -before, where)[1]
+        if after < 0:
+            dim = analysis.axes.cut(dim, analysis.axes.size(dim) + after, where)[0]
+        parts = [analysis.axes.new(width, uniform=True) if width > 0 else () for width in (before, after)]
+        dims[position] = (*parts[0], *dim, *parts[1])
     return dims
 
 
