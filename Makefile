@@ -53,5 +53,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --editable '.[demo,plot,test,lint,bench]'
+	$(BIN)/python -m pip install --editable '.[demo,plot,onnx,test,lint,bench]'
 	touch $@

@@ -5,6 +5,7 @@ mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
 mtzip.save(zipped, "zipped.safetensors")
 """
 
+from .deploy.onnx import export_onnx
 from .errors import ZipError
 from .report import Report
 from .retrain import retrain
@@ -12,4 +13,4 @@ from .save import load, save
 from .share import ZippedNetwork
 from .zip import zip_networks
 
-__all__ = ["Report", "ZipError", "ZippedNetwork", "load", "retrain", "save", "zip_networks"]
+__all__ = ["Report", "ZipError", "ZippedNetwork", "export_onnx", "load", "retrain", "save", "zip_networks"]

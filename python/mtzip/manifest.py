@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from . import schema
+from .deploy import example
+from .inputs import Batch
 from .layout import Layout, totals
 from .leaf import SharedLayer, leaves
 from .leaf import leaf_class as class_of_leaf
@@ -31,6 +33,7 @@ class Manifest:
         shared: key of a shared tensor to the ``networks.*`` keys it stands for.
         aliases: key of a tensor that one network has at several places to the key it is stored under.
         report: what the zip did, None for a network put together otherwise.
+        examples: task to shapes and types of an example input, as tensors on the meta device.
         versions: of mtzip and torch that wrote the file.
     """
 
@@ -40,6 +43,7 @@ class Manifest:
     shared: dict[str, tuple[str, ...]]
     aliases: dict[str, str]
     report: Report | None
+    examples: dict[str, Batch]
     versions: dict[str, str]
 
     @classmethod
@@ -55,6 +59,7 @@ class Manifest:
             {key: tuple(places) for key, places in zipped.shared_keys().items()},
             _aliases(zipped),
             zipped.report,
+            {task: batch for task, batch in zipped.example_inputs.items() if task in zipped},
             {"mtzip": _version(), "torch": torch.__version__},
         )
 
@@ -74,6 +79,7 @@ class Manifest:
             "shared": {key: list(places) for key, places in self.shared.items()},
             "aliases": self.aliases,
             "report": None if self.report is None else self.report.to_dict(),
+            "examples": {task: form for task, batch in self.examples.items() if (form := example.to_dict(batch))},
         }
 
     @classmethod
@@ -102,6 +108,11 @@ class Manifest:
                 values["layers"][task][path] = (leaf["class"], layout)
         if values["report"] is not None:
             values["report"] = Report.from_dict(values["report"])
+        if spare := [task for task in values["examples"] if task not in tasks]:
+            raise ValueError(f"manifest.examples must be for the tasks {list(tasks)}, got {spare[0]!r}")
+        values["examples"] = {
+            task: example.from_dict(form, f"manifest.examples[{task!r}]") for task, form in values["examples"].items()
+        }
         return cls(**values)
 
 
@@ -207,5 +218,6 @@ _MANIFEST = schema.fields(
         "shared": schema.mapping(schema.listing(schema.text)),
         "aliases": _TEXTS,
         "report": lambda value, where: value,  # Report.from_dict looks at it
+        "examples": schema.mapping(lambda value, where: value),  # example.from_dict looks at them
     }
 )

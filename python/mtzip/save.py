@@ -20,7 +20,7 @@ def save(zipped: ZippedNetwork, path: str | os.PathLike) -> None:
     """Writes ``zipped`` to a safetensors file, every shared tensor once, with a readable manifest and a checksum.
 
     The file is written beside ``path`` and renamed, so it is there whole or not at all. The same network gives the
-    same bytes. The originals are not in it.
+    same bytes. The originals are not in it, nor is any input: of the example inputs their shapes and types.
 
     Args:
         zipped: the network.
@@ -100,6 +100,7 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], networks: Mapping
     zipped = ZippedNetwork(copies, manifest.report)
     _tie(zipped, manifest, tensors)
     _fill(zipped, manifest, tensors)
+    zipped.example_inputs = dict(manifest.examples)
     return zipped
 
 

@@ -41,6 +41,8 @@ class ZippedNetwork(nn.Module):
         self.training = self.networks.training = any(network.training for network in networks.values())
         self.report = report
         self._originals = dict(originals) if originals else None
+        #: Task to a small batch it was calibrated with: what it is exported with.
+        self.example_inputs: dict[str, Any] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:

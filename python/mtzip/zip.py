@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .deploy.example import remembered
 from .execute import Execution
 from .inputs import calibration_batches, device_of
 from .leaf import LEAVES
@@ -109,6 +110,9 @@ def zip_networks(
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
+    for analysis in analyses:
+        exported = analysis.exported
+        result.example_inputs[exported.task] = remembered(exported.example, exported.fixed_batch)
     return result
 
 
