@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import unknown_task
 from ..share import ZippedNetwork
-from .task_graph import task_graphs
+from .calls import Calls
 
 
 def export_onnx(
@@ -54,16 +54,15 @@ def export_onnx(
     except ImportError as error:
         raise ImportError("export_onnx needs more: pip install 'mtzip[onnx]'") from error
     from .onnx_file import compare, write
-    from .onnx_model import merged
+    from .onnx_model import model_of
 
-    chosen = _checked(zipped, tasks, example)
-    graphs = task_graphs(zipped, chosen, example)
-    model = merged(graphs, same_input, opset)
-    write(model, path, (lambda file: compare(file, graphs, same_input)) if check else None)
+    calls = Calls(zipped, _checked(zipped, tasks, example), example)
+    model = model_of(calls, same_input, opset)
+    write(model, path, (lambda file: compare(file, calls, same_input)) if check else None)
 
 
 def _checked(zipped: ZippedNetwork, tasks: Sequence[str] | None, example: Mapping[str, Any] | None) -> list[str]:
-    """The tasks to export."""
+    """The tasks to export, after a look at the arguments."""
     if not isinstance(zipped, ZippedNetwork):
         raise TypeError(f"zipped must be a ZippedNetwork, got {type(zipped).__name__}")
     if isinstance(tasks, str):

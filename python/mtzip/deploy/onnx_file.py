@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 
 from ..errors import ZipError
-from .onnx_model import input_names
-from .task_graph import TaskGraph
+from .calls import Calls
+from .onnx_model import input_names, output_names
 
 LARGEST = 2**31 - 2**24  # bytes of weights in one file: protobuf stops at 2**31, and the graph needs a few
 _CLOSE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -48,7 +48,7 @@ def write(model: ir.Model, path: str | os.PathLike, check: Callable[[Path], None
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(path: Path, graphs: Sequence[TaskGraph], same_input: bool) -> None:
+def compare(path: Path, calls: Calls, same_input: bool) -> None:
     """Runs the file with onnxruntime on the examples; nothing without onnxruntime, or where it lacks an operator.
 
     Raises:
@@ -65,20 +65,19 @@ def compare(path: Path, graphs: Sequence[TaskGraph], same_input: bool) -> None:
         session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
     except ort.capi.onnxruntime_pybind11_state.NotImplemented:  # a kernel for this type
         return
-    for graph in graphs:
-        feeds = {}
-        for other in graphs:
-            names = input_names(other, same_input)
-            values = (graph if same_input else other).inputs
-            feeds |= {name: value.cpu().numpy() for name, (_, value) in zip(names, values, strict=True)}
-        wanted = [f"{graph.task}.{name or 'output'}" for name, _ in graph.outputs]
-        for (name, expected), got in zip(graph.outputs, session.run(wanted, feeds), strict=True):
-            expected = expected.detach().cpu()
-            bound = _CLOSE.get(expected.dtype, 0.0) * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
-            error = np.abs(got.astype(np.float64) - expected.double().numpy()).max() if expected.numel() else 0.0
+    inputs = [calls.inputs[0]] * len(calls.tasks) if same_input else calls.inputs
+    named = zip(input_names(calls, same_input), inputs, strict=True)
+    feeds = {name: x.cpu().numpy() for names, own in named for name, x in zip(names, own, strict=True)}
+    with torch.no_grad():
+        results = calls(calls.tensors, inputs)
+    for task, names, values in zip(calls.tasks, output_names(calls), results, strict=True):
+        for name, value, got in zip(names, values, session.run(names, feeds), strict=True):
+            expected = value.detach().cpu().double().numpy()
+            bound = _CLOSE.get(value.dtype, 0.0) * np.abs(expected).max(initial=1.0)
+            error = np.abs(got.astype(np.float64) - expected).max(initial=0.0)
             if not error <= bound:
                 raise ZipError(
-                    f"task {graph.task!r}: output {name or 'output'!r} of the ONNX graph must be that of the network "
-                    f"within {bound:.1g}, got an error of {error:.2g}; the network may depend on the batch size or on "
-                    "random numbers"
+                    f"task {task!r}: output {name!r} of the ONNX graph must be that of the network within "
+                    f"{bound:.1g}, got an error of {error:.2g}; the network may depend on the batch size or on random "
+                    "numbers"
                 )

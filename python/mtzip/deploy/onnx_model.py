@@ -1,160 +1,179 @@
-"""The graphs of all tasks put into one ONNX model."""
+"""The calls of all tasks as one ONNX model, every stored tensor an initializer under its key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
-from .task_graph import TaskGraph
+from ..errors import ZipError, first_line
+from .calls import Calls
 
 INPUT = "input"  # of all tasks
 
 
-def input_names(graph: TaskGraph, same_input: bool) -> list[str]:
-    """Names of a task's inputs in the file."""
-    root = INPUT if same_input else graph.task
-    return [f"{root}.{name}" if name else root for name, _ in graph.inputs]
+def input_names(calls: Calls, same_input: bool) -> list[list[str]]:
+    """For every task the names of its inputs in the file."""
+    roots = [INPUT if same_input else task for task in calls.tasks]
+    return [[f"{root}.{x}" if x else root for x in names] for root, names in zip(roots, calls.input_names, strict=True)]
 
 
-def output_names(graph: TaskGraph) -> list[str]:
-    """Names of a task's outputs in the file: no task's name has a dot in it."""
-    return [f"{graph.task}.{name or 'output'}" for name, _ in graph.outputs]
+def output_names(calls: Calls) -> list[list[str]]:
+    """For every task the names of its outputs in the file. No task's name has a dot in it."""
+    return [
+        [f"{task}.{x or 'output'}" for x in names] for task, names in zip(calls.tasks, calls.output_names, strict=True)
+    ]
 
 
-def merged(graphs: Sequence[TaskGraph], same_input: bool = False, opset: int | None = None) -> ir.Model:
-    """One model of all tasks, every stored tensor an initializer under its key.
+def model_of(calls: Calls, same_input: bool = False, opset: int | None = None) -> ir.Model:
+    """The model.
+
+    Args:
+        calls: what it computes.
+        same_input: one set of inputs that all tasks see.
+        opset: version of ONNX' operators, None for the exporter's own.
 
     Raises:
         ValueError: inputs of the tasks differ in form with ``same_input``.
-        ZipError: an operator has no form in ONNX.
+        ZipError: a network cannot be exported, or an operator has no form in ONNX.
     """
+    module, inputs, sizes = calls, calls.inputs, _batch_sizes(calls)
     if same_input:
-        _check_same_form(graphs)
-    parts = _Parts(same_input)
-    for graph in graphs:
-        parts.add(graph, opset)
-    model = parts.model()
+        _check_same_form(calls)
+        module, inputs, sizes = _Same(calls), inputs[0], sizes[0]
+    weights = {key: tensor.detach() for key, tensor in calls.tensors.items()}
+    program = _exported(module, calls, (weights, inputs), (dict.fromkeys(weights), sizes))
+    try:
+        with _quiet():
+            model = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset).model
+    except Exception as error:  # the exporter's own errors have no common class
+        raise ZipError(f"{', '.join(calls.tasks)} cannot be written as ONNX: {first_line(error)}") from error
+    _store(model.graph, weights)
+    _name(model.graph, calls, same_input)
     if same_input:
         common.CommonSubexpressionEliminationPass()(model)
     for change in (common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.ClearMetadataAndDocStringPass()):
         change(model)
-    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
-    for node in model.graph:
-        for value in node.outputs:
-            if id(value) not in ends:  # every runtime infers them again
-                value.type = value.shape = None
+    _shorten(model)
     return model
 
 
-class _Parts:
-    """What the graphs have put together so far."""
+class _Same(nn.Module):
+    """The calls on the same inputs."""
 
-    def __init__(self, same_input: bool):
-        self.same_input = same_input
-        self.weights: dict[str, ir.Value] = {}
-        self.constants: dict[tuple, ir.Value] = {}
-        self.inputs: dict[str, ir.Value] = {}
-        self.outputs: list[ir.Value] = []
-        self.nodes: list[ir.Node] = []
-        self.opsets: dict[str, int] = {}
-        self.version = 0
+    def __init__(self, calls: Calls):
+        super().__init__()
+        self._held = [calls]
 
-    def add(self, graph: TaskGraph, opset: int | None) -> None:
-        """Takes the nodes of a task's graph; its weights, constants and inputs are those already there, if they are."""
-        model = graph.to_onnx(opset)
-        source = model.graph
-        if model.functions:
-            common.InlinePass()(model)
-        self.version = max(self.version, model.ir_version)
-        self.opsets |= source.opset_imports
-        for number, value in enumerate(list(_values(source))):
-            value.name = f"{graph.task}/{number}"
-        given, ends, held = list(source.inputs), list(source.outputs), list(source.initializers.values())
-        nodes = list(source)
-        for container in (source.inputs, source.outputs, source.initializers):
-            container.clear()
-        for value, (key, tensor) in zip(given[: len(graph.tensors)], graph.tensors, strict=True):
-            if key not in self.weights:
-                self.weights[key] = _initializer(key, tensor)
-            _replace(value, self.weights[key], ends)
-        for value in held:
-            constant = value.const_value
-            content = constant.dtype, tuple(constant.shape), constant.tobytes()
-            _replace(value, self.constants.setdefault(content, value), ends)
-        batch = "batch" if self.same_input else f"{graph.task}.batch"
-        for value, name in zip(given[len(graph.tensors) :], input_names(graph, self.same_input), strict=True):
-            if name in self.inputs:
-                _replace(value, self.inputs[name], ends)
-            else:
-                self.inputs[name] = value
-                value.name = name
-        source.remove(nodes)
-        for at, (value, name) in enumerate(zip(ends, output_names(graph), strict=True)):
-            if value.producer() is None or value in ends[:at]:  # an input or a weight, or the same twice
-                copied = ir.node("Identity", [value])
-                nodes.append(copied)
-                ends[at] = copied.outputs[0]
-                ends[at].type, ends[at].shape = value.type, value.shape
-            ends[at].name = name
-        for value in (*self.inputs.values(), *ends):
-            _name_batch(value, batch)
-        self.outputs += ends
-        self.nodes += nodes
-
-    def model(self) -> ir.Model:
-        """All of it."""
-        for number, value in enumerate(self.constants.values()):
-            value.name = f"constant/{number}"
-        stored = [*self.weights.values(), *self.constants.values()]
-        for node in self.nodes:
-            node.name = None
-        inputs = list(self.inputs.values())
-        graph = ir.Graph(
-            inputs, self.outputs, nodes=self.nodes, initializers=stored, opset_imports=self.opsets, name="mtzip"
-        )
-        return ir.Model(graph, ir_version=self.version, producer_name="mtzip")
+    def forward(self, tensors: dict[str, Tensor], inputs: list[Tensor]) -> list[list[Tensor]]:
+        return self._held[0](tensors, [inputs] * len(self._held[0].tasks))
 
 
-def _values(graph: ir.Graph):
-    """Every value of a graph and of those inside it."""
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
+def _exported(module: nn.Module, calls: Calls, args: tuple[Any, ...], sizes: tuple[Any, ...]) -> ExportedProgram:
+    """``torch.export.export`` with its errors as a :class:`ZipError`."""
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+    except ZipError:
+        raise
+    except Exception as error:
+        raise ZipError(f"the networks of {', '.join(calls.tasks)} cannot be exported: {first_line(error)}") from error
 
 
-def _replace(value: ir.Value, other: ir.Value, ends: list[ir.Value]) -> None:
-    if value is not other:
-        value.replace_all_uses_with(other)
-        ends[:] = [other if end is value else end for end in ends]
+def _batch_sizes(calls: Calls) -> list[list[dict[int, Any] | None]]:
+    """The dynamic sizes of every input: its batch."""
+    sizes = []
+    for inputs in calls.inputs:
+        batch = next(x.shape[0] for x in inputs if x.dim())
+        sizes.append([{0: Dim.AUTO} if x.dim() and x.shape[0] == batch else None for x in inputs])
+    return sizes
 
 
-def _initializer(key: str, tensor: Tensor) -> ir.Value:
-    stored = TorchTensor(tensor.detach().cpu().contiguous(), name=key)
-    return ir.Value(name=key, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored)
+def _store(graph: ir.Graph, weights: dict[str, Tensor]) -> None:
+    """Puts initializers in the place of the inputs that stand for weights."""
+    for value in list(graph.initializers.values()):
+        del graph.initializers[value.name]
+        value.name = f"constant/{value.name}"
+        graph.initializers.add(value)
+    for value, (key, tensor) in zip(list(graph.inputs)[: len(weights)], weights.items(), strict=True):
+        stored = TorchTensor(tensor.cpu().contiguous(), name=key)
+        kept = ir.Value(name=key, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored)
+        graph.register_initializer(kept)
+        value.replace_all_uses_with(kept, replace_graph_outputs=True)
+    del graph.inputs[: len(weights)]
 
 
-def _name_batch(value: ir.Value, name: str) -> None:
-    """Gives the free first size of an input or output a name people can read."""
-    if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
-        if "batch" not in str(value.shape[0]):
-            value.shape = ir.Shape([name, *list(value.shape)[1:]])
+def _name(graph: ir.Graph, calls: Calls, same_input: bool) -> None:
+    """Gives inputs, outputs and their batches the names that people read."""
+    tasks = [INPUT] if same_input else calls.tasks
+    symbols: dict[str, str] = {}
+    values = iter(graph.inputs)
+    for task, names in zip(tasks, input_names(calls, same_input), strict=False):
+        for name in names:
+            value = next(values)
+            value.name = name
+            if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+                symbols.setdefault(str(value.shape[0]), "batch" if same_input else f"{task}.batch")
+    places = [(task, name) for task, names in zip(calls.tasks, output_names(calls), strict=True) for name in names]
+    seen: set[int] = set()
+    for at, (_, name) in enumerate(places):
+        value = graph.outputs[at]
+        if value.producer() is None or id(value) in seen:  # an input or a weight, or the same output twice
+            copied = ir.node("Identity", [value])
+            graph.append(copied)
+            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
+            value = graph.outputs[at] = copied.outputs[0]
+        seen.add(id(value))
+        value.name = name
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([symbols.get(str(x), x) if not isinstance(x, int) else x for x in value.shape])
 
 
-def _check_same_form(graphs: Sequence[TaskGraph]) -> None:
-    first = graphs[0]
-    for other in graphs[1:]:
-        forms = [[(name, x.dtype, tuple(x.shape[1:])) for name, x in graph.inputs] for graph in (first, other)]
-        if forms[0] != forms[1]:
+def _shorten(model: ir.Model) -> None:
+    """Drops what every reader can work out again: types, shapes and long names of values in between."""
+    model.producer_name, model.producer_version, model.graph.name = "mtzip", None, "mtzip"
+    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for number, node in enumerate(model.graph):
+        node.name = None
+        for place, value in enumerate(node.outputs):
+            if id(value) not in ends:
+                value.type = value.shape = None
+                value.name = f"{number}.{place}" if place else str(number)
+
+
+def _check_same_form(calls: Calls) -> None:
+    forms = [
+        [(name, str(x.dtype), ["n", *x.shape[1:]]) for name, x in zip(names, inputs, strict=True)]
+        for names, inputs in zip(calls.input_names, calls.inputs, strict=True)
+    ]
+    for task, form in zip(calls.tasks, forms, strict=True):
+        if form != forms[0]:
+            first, other = (" and ".join(f"{kind} {shape}" for _, kind, shape in one) for one in (forms[0], form))
             raise ValueError(
-                f"same_input needs tasks with inputs of the same form, got {_form(first)} and {_form(other)}; "
-                "export them without it"
+                f"same_input needs tasks with inputs of the same form, got {first} for {calls.tasks[0]} and {other} "
+                f"for {task}; export them without it"
             )
 
 
-def _form(graph: TaskGraph) -> str:
-    return f"{graph.task} " + ", ".join(f"{x.dtype} {['n', *x.shape[1:]]}" for _, x in graph.inputs)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's log: what matters comes as an error."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
