@@ -58,17 +58,17 @@ def test_every_operator_has_its_stem_in_every_folder():
 
 #: What the files of python/mtzip may not know: a stage knows the ones before it.
 STAGES = {
-    "trace": {"moments", "solve", "match", "columns", "merge", "sweep", "zip", "retrain", "save", "share", "report"},
+    "trace": {"moments", "solve", "match", "columns", "merge", "sweep", "zip", "retraining", "save", "share", "report"},
     "inputs.py": {"trace", "share", "merge", "zip"},
-    "share.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retrain", "save", "inputs"},
+    "share.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retraining", "save", "inputs"},
     "moments.py": {"trace", "solve", "match", "share", "merge", "sweep", "zip"},
     "solve.py": {"trace", "match", "share", "merge", "sweep", "zip"},
     "match.py": {"trace", "merge", "sweep", "zip", "columns"},
-    "merge.py": {"sweep", "zip", "retrain", "save", "execute", "report"},
-    "sweep.py": {"zip", "retrain", "save"},
-    "zip.py": {"retrain", "save", "cli"},
-    "retrain.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "save"},
-    "save.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retrain"},
+    "merge.py": {"sweep", "zip", "retraining", "save", "execute", "report"},
+    "sweep.py": {"zip", "retraining", "save"},
+    "zip.py": {"retraining", "save", "cli"},
+    "retraining": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "save"},
+    "save.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retraining"},
     "report.py": {"trace", "merge", "sweep", "zip", "share"},
 }
 

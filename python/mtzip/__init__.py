@@ -8,7 +8,7 @@ mtzip.save(zipped, "zipped.safetensors")
 from .deploy.onnx import export_onnx
 from .errors import ZipError
 from .report import Report
-from .retrain import retrain
+from .retraining.retrain import retrain
 from .save import load, save
 from .share import ZippedNetwork
 from .zip import zip_networks

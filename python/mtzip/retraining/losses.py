@@ -91,16 +91,40 @@ def kl_loss(output: Tensor, teacher: Tensor, dim: int, temperature: float) -> Te
     return temperature**2 * F.kl_div(student, target, reduction="none", log_target=True).sum(dim).mean()
 
 
-def relative_mse(output: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error relative to the variance of the teacher's outputs over the batch: comparable between tasks."""
-    energy = teacher.square().mean()
-    spread = (teacher - teacher.mean(0)).square().mean() if len(teacher) > 1 else energy
-    tiny = 1e-6 * energy + 1e-12  # a teacher whose outputs are all the same
-    return F.mse_loss(output, teacher) / (spread + tiny)
+class Spread:
+    """Variance of a teacher's values over the batches it is shown, about the mean of each channel.
+
+    Measured once, over the batches of the first step, and kept: so that the loss of a batch is the mean over its
+    samples, whatever the size of the batch, the number of batches a step or the number of processes.
+    """
+
+    def __init__(self):
+        self.count = self.sum = self.square = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Takes in the teacher's values, [N, ...]."""
+        values = values.detach().double()
+        channels = class_dim(values, None)
+        rows = values.reshape(-1, 1) if channels is None else values.movedim(channels, -1).flatten(0, -2)
+        self.count = self.count + len(rows)
+        self.sum = self.sum + rows.sum(0)
+        self.square = self.square + rows.square().sum(0)
+
+    def value(self) -> float:
+        """Mean variance of the channels; their mean square where one sample is all there was. Never zero."""
+        energy = self.square / self.count
+        spread = (energy - (self.sum / self.count).square()).clamp_min(0) if self.count > 1 else energy
+        energy, spread = float(energy.mean()), float(spread.mean())
+        return max(spread, 1e-6 * energy, 1e-12)  # a teacher whose outputs are all the same
+
+
+def relative_mse(output: Tensor, teacher: Tensor, spread: float) -> Tensor:
+    """Mean squared error relative to the variance of the teacher's outputs: comparable between tasks."""
+    return F.mse_loss(output, teacher) / spread
 
 
 def distillation_loss(
-    output: Tensor, teacher: Tensor, targets: Any, kind: str, temperature: float, task: str
+    output: Tensor, teacher: Tensor, targets: Any, kind: str, temperature: float, spread: float, task: str
 ) -> Tensor:
     """How far the outputs are from the teacher's.
 
@@ -109,18 +133,15 @@ def distillation_loss(
         targets: labels that came along, or None; class indices tell "kl" which dimension runs over the classes.
         kind: "mse" (relative to the teacher's variance: fits logits and regression alike) or "kl".
         temperature: of "kl".
+        spread: the teacher's variance, for "mse".
         task: name, for messages.
 
     Raises:
         ValueError: shapes differ, or "kl" for outputs without classes.
     """
-    if output.shape != teacher.shape:
-        raise ValueError(
-            f"the teacher of task {task!r} must give outputs {list(output.shape)} as the network does, "
-            f"got {list(teacher.shape)}; pass the network that was zipped"
-        )
+    check_same_shape(output, teacher, "outputs", task)
     if kind == "mse":
-        return relative_mse(output, teacher)
+        return relative_mse(output, teacher, spread)
     classes = class_dim(output, targets if is_integer(targets) else None)
     if classes is None or output.shape[classes] < 2:
         raise ValueError(
@@ -128,3 +149,12 @@ def distillation_loss(
             f"for task {task!r}; use distillation='mse'"
         )
     return kl_loss(output, teacher, classes, temperature)
+
+
+def check_same_shape(output: Tensor, teacher: Tensor, what: str, task: str) -> None:
+    """ValueError where the teacher's values cannot be imitated."""
+    if output.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher of task {task!r} must give {what} {list(output.shape)} as the network does, "
+            f"got {list(teacher.shape)}; pass the network that was zipped"
+        )

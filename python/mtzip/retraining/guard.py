@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .objective import all_finite
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """True if no number of any tensor is NaN or infinite; one pass and one synchronisation where that is so."""
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    # Norms would be as good, but a sum is the cheapest pass; one element of each type's sums goes to the host.
+    sums = [tensor.sum() for tensor in tensors]
+    if not sums or all(math.isfinite(value) for value in torch.stack([s.float() for s in sums]).tolist()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # a sum may overflow where no number has
 
 
 class Snapshot:
-    """The network's tensors at the last step whose losses and gradients were finite."""
+    """Every tensor of a network that a step may change, and a copy of what they were when last kept."""
 
     def __init__(self, network: nn.Module):
         self.live = [parameter.detach() for parameter in network.parameters() if parameter.requires_grad]
@@ -30,6 +39,11 @@ class Snapshot:
         with torch.no_grad():
             for kept, live in zip(self.kept, self.live, strict=True):
                 live.copy_(kept)
+
+    def fill(self, tensors: list[Tensor]) -> None:
+        """Replaces what was kept."""
+        for kept, tensor in zip(self.kept, tensors, strict=True):
+            kept.copy_(tensor)
 
     def finite(self) -> bool:
         """True if all of them are numbers."""
@@ -53,10 +67,16 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with random_kept(device):
         torch.default_generator.manual_seed(seed)
-        for cuda in devices:
-            with torch.cuda.device(cuda):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """torch's generators of the CPU and of ``device`` end as they were found."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

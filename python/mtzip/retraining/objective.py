@@ -1,0 +1,155 @@
+"""What one task minimises in retraining."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inputs import Batch
+from ..share import ZippedNetwork
+from .features import captured, in_stored_order, linear_paths, orders_of
+from .losses import Loss, Spread, check_same_shape, distillation_loss, label_loss, output_tensor, relative_mse
+
+#: Key of the outputs among the values that are distilled; no path of a module has a space.
+OUTPUTS = "the outputs"
+
+
+@dataclass
+class Objective:
+    """What one task minimises.
+
+    Args:
+        task: its name.
+        loss: of output and targets, None for the default of labels.
+        teacher: module or callable to imitate, None for none.
+        outputs: whether to imitate its outputs.
+        orders: path of each module whose output to imitate, to the order of its channels in the teacher.
+        distillation: "mse" or "kl", of the outputs.
+        temperature: of "kl".
+        spreads: the teacher's variance of each distilled value, once :meth:`measure` has seen the first batches.
+    """
+
+    task: str
+    loss: Loss | None = None
+    teacher: Callable[..., Any] | None = None
+    outputs: bool = True
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    distillation: str = "mse"
+    temperature: float = 2.0
+    spreads: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss on one batch, a scalar.
+
+        Raises:
+            ValueError: nothing to minimise; shapes that do not go together; a loss that is no scalar.
+        """
+        self._check(batch)
+        with self._captured(network, "network") as features:
+            raw = network(*batch.args, **batch.kwargs)
+        terms = []
+        if self.teacher is not None:
+            wanted = self.wanted(network, batch)
+            if self.outputs:
+                output, teacher = output_tensor(raw, self.task), wanted.pop(OUTPUTS)[0]
+                arguments = (self.distillation, self.temperature, self.spreads.get(OUTPUTS, 1.0), self.task)
+                terms.append(distillation_loss(output, teacher.to(output.dtype), batch.targets, *arguments))
+            terms += self._feature_terms(features, wanted)
+        if self.loss is not None:
+            terms.append(self.loss(raw, batch.targets))
+        elif batch.targets is not None:
+            terms.append(label_loss(output_tensor(raw, self.task), batch.targets, self.task))
+        total = sum(terms)
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            got = list(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"loss= of task {self.task!r} must return a scalar tensor, got {got}; take its mean")
+        return total.squeeze()
+
+    def wanted(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        """What the teacher makes of a batch: its outputs, and features in the order of ``network``."""
+        with torch.no_grad(), self._captured(self.teacher, "teacher") as values:
+            raw = self.teacher(*batch.args, **batch.kwargs)
+        found = in_stored_order(values, self.orders, linear_paths(network, self.orders))
+        return found | ({OUTPUTS: [output_tensor(raw, self.task)]} if self.outputs else {})
+
+    def measure(self, network: nn.Module, batches: list[Batch]) -> dict[str, Spread]:
+        """Spread of every distilled value over some batches; its value belongs into ``spreads``."""
+        found: dict[str, Spread] = {}
+        for batch in batches if self.teacher is not None else ():
+            for key, values in self.wanted(network, batch).items():
+                for value in values:
+                    found.setdefault(key, Spread()).add(value)
+        return found
+
+    def _feature_terms(self, got: Mapping[str, list[Tensor]], wanted: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """One term: the mean over the layers of how far their outputs are from the teacher's."""
+        if not self.orders:
+            return []
+        terms = []
+        for path in (path for path in got if path in wanted):
+            for value, teacher in zip(got[path], wanted[path], strict=True):
+                check_same_shape(value, teacher, f"features of {path!r}", self.task)
+                terms.append(relative_mse(value, teacher.to(value.dtype), self.spreads.get(path, 1.0)))
+        if not terms:
+            raise ValueError(
+                f"distill='features' found none of {list(self.orders)[:3]} of task {self.task!r} called as a module; "
+                "its forward uses their weights itself: use distill='outputs'"
+            )
+        return [torch.stack(terms).mean()]
+
+    def _captured(self, network: Any, which: str) -> contextlib.AbstractContextManager[dict[str, list[Tensor]]]:
+        """What the distilled modules of a network put out meanwhile; nothing where features are not asked for."""
+        if not self.orders:
+            return contextlib.nullcontext({})
+        return captured(network, self.orders, self.task, which)
+
+    def _check(self, batch: Batch) -> None:
+        if self.teacher is None and batch.targets is None:
+            raise ValueError(
+                f"task {self.task!r} has neither labels nor a teacher, so there is nothing to retrain it for; give "
+                "(inputs, targets) batches, or the network from before the zip as teachers={...}"
+            )
+        if self.loss is not None and batch.targets is None:
+            raise ValueError(f"loss= of task {self.task!r} needs targets, got a batch without; give (inputs, targets)")
+
+
+def objectives_of(
+    zipped: ZippedNetwork,
+    loss: Loss | Mapping[str, Loss] | None,
+    teachers: Mapping[str, Callable[..., Any]] | None,
+    distill: str,
+    distillation: str,
+    temperature: float,
+) -> dict[str, Objective]:
+    """One :class:`Objective` a task from the arguments of :func:`mtzip.retrain`."""
+    teachers = zipped.originals or {} if teachers is None else teachers
+    like = next(zipped.parameters())
+    orders = orders_of(zipped) if distill != "outputs" and teachers else {}
+    return {
+        task: Objective(
+            task,
+            loss.get(task) if isinstance(loss, Mapping) else loss,
+            _teacher(teachers.get(task), like),
+            distill != "features",
+            orders.get(task, {}),
+            distillation,
+            temperature,
+        )
+        for task in zipped.tasks
+    }
+
+
+def _teacher(teacher: Any, like: Tensor) -> Any:
+    """The teacher, or a copy of it on the device and of the type of the network."""
+    if not isinstance(teacher, nn.Module):
+        return teacher
+    own = next(teacher.parameters(), like)
+    if own.device == like.device and own.dtype == like.dtype:
+        return teacher
+    return copy.deepcopy(teacher).to(like.device, like.dtype)
