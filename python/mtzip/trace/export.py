@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import traceback
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ZipError
 from ..inputs import Batch
+from .graphs import functionalise, inline
+from .select import Select, selected
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Exported:
         inputs: placeholder names of the network's inputs, in the order of the flattened (args, kwargs).
         example: the batch it was traced with.
         fixed_batch: batch size the graph insists on, None if any will do.
+        select: what of the network's output counts.
     """
 
     task: str
@@ -40,11 +45,16 @@ class Exported:
     inputs: list[str]
     example: Batch
     fixed_batch: int | None
+    select: Select = None
+
+    def outputs(self, network: nn.Module, batch: Batch) -> list[Tensor]:
+        """The tensors that ``network`` puts out for a batch and that count, on floating numbers."""
+        leaves = pytree.tree_leaves(selected(network(*batch.args, **batch.kwargs), self.select))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
 
     def tensor(self, path: str, network: nn.Module | None = None) -> Tensor:
         """Parameter or buffer ``path`` of ``network`` (default: the evaluation copy)."""
-        owner, _, name = path.rpartition(".")
-        return getattr((network or self.network).get_submodule(owner), name)
+        return _tensor(network or self.network, path)
 
 
 def evaluation_copy(network: nn.Module) -> nn.Module:
@@ -53,28 +63,41 @@ def evaluation_copy(network: nn.Module) -> nn.Module:
     return new.requires_grad_(False)
 
 
-def export(task: str, network: nn.Module, batch: Batch) -> Exported:
+def export(task: str, network: nn.Module, batch: Batch, select: Select = None) -> Exported:
     """Traces a copy of ``network`` with a dynamic batch dimension.
 
     Args:
         task: name, for messages.
         network: any module ``torch.export`` can trace.
         batch: an example; at least two of its samples are used, since export specialises a batch of one.
+        select: what of its output counts: a name, an index or a function; None takes tensors as they are, and of a
+            Hugging Face ``ModelOutput`` or another dataclass its tensors.
 
     Raises:
         ZipError: the network cannot be exported; says where and what to do.
     """
     network = evaluation_copy(network)
     try:
-        return _export(task, network, _example(batch))
+        return _export(task, network, _example(batch), select)
     except ZipError:
         # A forward that fixes the batch size runs on whole batches only.
         if _example(batch).size == batch.size:
             raise
-    return _export(task, network, Batch(batch.args, batch.kwargs))
+    return _export(task, network, Batch(batch.args, batch.kwargs), select)
 
 
-def _export(task: str, network: nn.Module, example: Batch) -> Exported:
+class _Selected(nn.Module):
+    """A network that takes its arguments as one tuple and one dict and gives what of its output counts."""
+
+    def __init__(self, network: nn.Module, select: Select):
+        super().__init__()
+        self.network, self._select = network, select
+
+    def forward(self, args: tuple, kwargs: dict) -> Any:
+        return selected(self.network(*args, **kwargs), self._select)
+
+
+def _export(task: str, network: nn.Module, example: Batch, select: Select) -> Exported:
     size = example.size
 
     def dims(leaf):
@@ -82,30 +105,29 @@ def _export(task: str, network: nn.Module, example: Batch) -> Exported:
             return None
         return {0: Dim.AUTO} if leaf.dim() and leaf.shape[0] == size else {}
 
-    shapes = pytree.tree_map(dims, (example.args, example.kwargs))
+    arguments = (example.args, example.kwargs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                network, example.args, example.kwargs, dynamic_shapes=_by_name(network, *shapes), strict=False
+                _Selected(network, select), arguments, dynamic_shapes=pytree.tree_map(dims, arguments), strict=False
             )
     except Exception as error:
-        raise ZipError(
-            f"task {task!r}: {type(network).__name__} cannot be exported by torch.export: {_first_line(error)}\n"
-            "Make its forward free of control flow that depends on values, or wrap it in a module whose forward takes "
-            "tensors and returns tensors."
-        ) from error
-    _functionalise(program.graph)
+        raise ZipError(_refusal(task, network, error)) from error
+    inline(program.graph_module)
+    functionalise(program.graph)
     tensors, constants, inputs = {}, {}, []
+    canonical: dict[int, str] = {}  # a tensor that has several paths goes by the first
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensors[name] = spec.target
+            path = spec.target.removeprefix("network.")
+            tensors[name] = canonical.setdefault(id(_tensor(network, path)), path)
         elif spec.kind is InputKind.USER_INPUT:
             inputs.append(name)
         else:
             constants[name] = program.constants.get(spec.target)
-    for node in program.graph.nodes:  # the graphs that higher-order operators call, as torch.no_grad() leaves them
+    for node in program.graph.nodes:  # the graphs that higher-order operators call
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
     fixed = None
@@ -113,30 +135,40 @@ def _export(task: str, network: nn.Module, example: Batch) -> Exported:
         value = node.meta.get("val")
         if node.name in inputs and isinstance(value, Tensor) and value.dim():
             fixed = size if _constant(value.shape[0]) == size else fixed
-    return Exported(task, network, program.graph, tensors, constants, inputs, example, fixed)
+    return Exported(task, network, program.graph, tensors, constants, inputs, example, fixed, select)
+
+
+def _refusal(task: str, network: nn.Module, error: Exception) -> str:
+    """What torch.export did not understand, where in the user's code, and what to do."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    here = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = [
+        frame
+        for cause in (error, error.__cause__, error.__context__)
+        if cause is not None
+        for frame in traceback.extract_tb(cause.__traceback__)
+        if not frame.filename.startswith((*here, "<"))
+    ]
+    place = ""
+    if frames:
+        last = frames[-1]
+        place = f"\nIt stopped at {last.filename}:{last.lineno}, in {last.name}: {last.line}"
+    return (
+        f"task {task!r}: {type(network).__name__} cannot be exported by torch.export: {what}{place}\n"
+        "Make its forward free of control flow that depends on values (torch.where instead of if), or wrap it in a "
+        "module whose forward takes tensors and returns tensors."
+    )
+
+
+def _tensor(network: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(network.get_submodule(owner), name)
 
 
 def _constant(size: int | torch.SymInt) -> int | None:
     """The number a size is bound to, None for one that is free."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _functionalise(graph: fx.Graph) -> None:
-    """Replaces in-place operators (``relu_``) by their twins: running the graph changes no value it still needs."""
-    order = {node: at for at, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        name = node.target._schema.name.split("::")[-1]
-        twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-        twin = getattr(twin, node.target._overloadname, None)
-        if twin is None or not node.args:
-            continue
-        changed = node.args[0]
-        for user in list(changed.users):
-            if user is not node and order[user] > order[node]:
-                user.replace_input_with(changed, node)
-        node.target = twin
 
 
 def _example(batch: Batch) -> Batch:
@@ -150,18 +182,3 @@ def _example(batch: Batch) -> Batch:
         return torch.cat([leaf] * 3) if batched else leaf
 
     return Batch(*(pytree.tree_map(repeat, part) for part in (batch.args, batch.kwargs, None)))
-
-
-def _by_name(network: nn.Module, args: tuple, kwargs: dict) -> Any:
-    """torch.export wants one dict by parameter name as soon as there are keyword arguments."""
-    if not kwargs:
-        return args
-    import inspect
-
-    names = list(inspect.signature(network.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
