@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .assembly import forget, kept
 from .layout import Layout, pieces, totals
 
 
@@ -127,16 +128,29 @@ class SharedWeight(SharedLayer):
         return self.assembled_bias()
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.layout.scaled and self.is_whole):
-            return super().forward(input)
+        weight, bias, scale = kept(self, "operands", self._operands)
+        output = self._apply_weight(input, weight, None if scale is not None else bias)
+        if scale is None:
+            return output
         # Scaling the output keeps the shared weight as it is; scaling the weight would copy it at every call.
-        output = self._apply_weight(input, self.unscaled_weight())
-        channel = (-1,) + (1,) * self._trailing
-        output = output * self.full_scale().to(output.dtype).view(channel)  # autocast: stay in its type
-        return output if self.layout.bias is None else output + self.bias.to(output.dtype).view(channel)
+        scale = scale.to(output.dtype)  # autocast: stay in its type
+        return output * scale if bias is None else torch.addcmul(bias.to(output.dtype), output, scale)
 
-    def _apply_weight(self, input: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(input, weight, None)
+    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias and the scale of the output, None where the weight has it already."""
+        if not (self.layout.scaled and self.is_whole):
+            return self.weight, self.bias, None
+        channel = (-1,) + (1,) * self._trailing
+        bias = self.bias
+        return self.unscaled_weight(), None if bias is None else bias.view(channel), self.full_scale().view(channel)
+
+    def train(self, mode: bool = True):
+        """As ever; the weight is assembled anew."""
+        forget(self)
+        return super().train(mode)
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)
 
 
 class SharedLinear(SharedWeight, nn.Linear):
@@ -144,8 +158,8 @@ class SharedLinear(SharedWeight, nn.Linear):
 
     plain = nn.Linear
 
-    def _apply_weight(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, weight)
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
 
 
 class SharedConv1d(SharedWeight, nn.Conv1d):
@@ -191,7 +205,7 @@ def leaf_class(plain: type[nn.Module], names: tuple[str, str] = ("weight", "bias
     if plain in LEAVES and names == ("weight", "bias"):
         return LEAVES[plain]
     properties = {
-        names[0]: property(SharedLayer.assembled_weight),
+        names[0]: property(lambda leaf: kept(leaf, "weight", leaf.assembled_weight)),
         names[1]: property(SharedLayer.assembled_bias),
     }
     return type(f"Shared{plain.__name__}", (SharedLayer, plain), {"plain": plain, "__module__": __name__, **properties})

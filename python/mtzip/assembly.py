@@ -1,0 +1,63 @@
+"""Assembled weights that are kept between forward passes.
+
+A leaf puts its weight together from blocks. In evaluation mode without gradients the result is kept until a block
+changes: every in-place change raises a tensor's version counter, and a block that is given other memory has another
+address. Whatever sets the mode, ``eval()`` included, forgets it too. What no counter sees is an in-place write through
+``.data`` between two forward passes with no call of ``eval()`` in between.
+
+A layer that is shared as a whole keeps nothing of its size: its weight is the stored one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+# Not attributes of the leaves: neither deepcopy nor pickle nor a state dict takes them along.
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+_on = True
+
+
+def kept(leaf: nn.Module, name: str, make: Callable[[], Any]) -> Any:
+    """What ``make()`` gives, remembered where ``leaf`` is in evaluation mode and nothing needs gradients.
+
+    Args:
+        leaf: whose own parameters are all that the result depends on.
+        name: of the result, among those of the leaf.
+        make: assembles it.
+    """
+    if leaf.training or not _on or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return make()
+    try:
+        state = [(p.data_ptr(), p._version) for p in leaf._parameters.values() if p is not None]
+    except (RuntimeError, AttributeError):  # a tensor of a transform or of inference mode, which has no counter
+        return make()
+    found = _kept.get(leaf)
+    if found is None or found[0] != state:
+        found = _kept[leaf] = state, {}
+    values = found[1]
+    if name not in values:
+        values[name] = make()
+    return values[name]
+
+
+def forget(leaf: nn.Module) -> None:
+    """Lets go of what is kept for ``leaf``."""
+    _kept.pop(leaf, None)
+
+
+@contextmanager
+def assembled_anew() -> Iterator[None]:
+    """Within it nothing is kept: as much memory as the stored blocks take, and their assembly at every call."""
+    global _on
+    before, _on = _on, False
+    _kept.clear()
+    try:
+        yield
+    finally:
+        _on = before
