@@ -78,6 +78,7 @@ def work(checkpoint: str, result: str, pause: float = 0.0) -> None:
         weights="balanced",
         batchnorm="train",
         accumulate=2,
+        distill="both",
         validate=lambda zipped: {t: float(F.cross_entropy(zipped[t](s.images), s.labels)) for t, s in data.items()},
         validate_every=7,
         checkpoint=checkpoint,

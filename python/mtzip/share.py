@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import unknown_task
 from .layout import Layout
@@ -43,6 +43,8 @@ class ZippedNetwork(nn.Module):
         self._originals = dict(originals) if originals else None
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
+        #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
+        self.orders: dict[str, dict[str, Tensor]] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .deploy.example import remembered
 from .execute import Execution
 from .inputs import calibration_batches, device_of
 from .leaf import LEAVES
+from .orders import stored_orders
 from .permute import verify_axes
 from .report import Private, Report
 from .sensitivity import sensitivities
@@ -108,6 +109,7 @@ def zip_networks(
     report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
+    result.orders = stored_orders(sweep)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
     for analysis in analyses:

@@ -22,13 +22,12 @@ def orders_of(zipped: ZippedNetwork) -> Mapping[str, Mapping[str, Tensor]]:
     Raises:
         ValueError: nothing is shared, or the network does not know.
     """
-    orders = getattr(zipped, "orders", None)
-    if not orders or not any(orders.values()):
+    if not any(zipped.orders.values()):
         raise ValueError(
             "distill='features' needs layers that tasks share and their neurons' order in the originals, got a network "
             "that has none; zip with share > 0, or use distill='outputs'"
         )
-    return orders
+    return zipped.orders
 
 
 @contextlib.contextmanager
@@ -69,18 +68,30 @@ def captured(network: Any, paths: Mapping[str, Any], task: str, which: str) -> I
             handle.remove()
 
 
-def in_stored_order(values: Mapping[str, list[Tensor]], orders: Mapping[str, Tensor], linear: set[str]):
+def in_stored_order(
+    values: Mapping[str, list[Tensor]], orders: Mapping[str, Tensor], linear: set[str]
+) -> dict[str, list[Tensor]]:
     """A teacher's values with their channels as the zipped network stores them.
 
     Args:
         values: path to tensors of the original.
         orders: path to the original's neuron of every channel.
         linear: paths whose channels are the last dimension; the others' are dimension 1.
+
+    Raises:
+        ValueError: another number of channels.
     """
-    return {
-        path: [value.index_select(-1 if path in linear else 1, orders[path].to(value.device)) for value in tensors]
-        for path, tensors in values.items()
-    }
+    found: dict[str, list[Tensor]] = {}
+    for path, tensors in values.items():
+        channel, order = -1 if path in linear else 1, orders[path]
+        for value in tensors:
+            if value.shape[channel] != len(order):
+                raise ValueError(
+                    f"the teacher's layer {path!r} must have {len(order)} channels as the network's, got "
+                    f"{value.shape[channel]}; pass the network that was zipped"
+                )
+            found.setdefault(path, []).append(value.index_select(channel, order))
+    return found
 
 
 def linear_paths(network: nn.Module, paths: Mapping[str, Any]) -> set[str]:

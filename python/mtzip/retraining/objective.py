@@ -137,7 +137,7 @@ def objectives_of(
             loss.get(task) if isinstance(loss, Mapping) else loss,
             _teacher(teachers.get(task), like),
             distill != "features",
-            orders.get(task, {}),
+            {path: order.to(like.device) for path, order in orders.get(task, {}).items()},
             distillation,
             temperature,
         )

@@ -1,0 +1,190 @@
+"""Distillation at the zipped layers: the right values are compared, in the right order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from handmade import images, small, zipped_pair
+from nets import Functional, Residual, mlp, noise, seeded
+from retraining import distance, inputs, weights_of
+from torch import nn
+
+import mtzip
+from mtzip.retraining.features import captured, in_stored_order, linear_paths
+from mtzip.retraining.retrain import retrain
+
+
+def features(zipped, task, x):
+    """Path to (zipped, original) values in stored order."""
+    orders = zipped.orders[task]
+    with torch.no_grad(), captured(zipped[task], orders, task, "network") as got:
+        zipped[task](x)
+    with torch.no_grad(), captured(zipped.originals[task], orders, task, "teacher") as wanted:
+        zipped.originals[task](x)
+    wanted = in_stored_order(wanted, orders, linear_paths(zipped[task], orders))
+    assert got.keys() == wanted.keys() == orders.keys()
+    return {path: (torch.cat(got[path]), torch.cat(wanted[path])) for path in orders}
+
+
+NETWORKS = {
+    "mlp": (lambda classes: mlp(6, (8, 7), classes), (6,), {"0", "2"}),
+    "mlp with BatchNorm": (lambda classes: mlp(6, (8, 7), classes, norm=True), (6,), {"1", "4"}),
+    "functional": (lambda classes: Functional(classes=classes), (2, 8, 8), {"bn1", "conv2", "fc"}),
+    "residual": (
+        lambda classes: Residual(classes=classes),
+        (2, 8, 8),
+        {"stem_bn", "mids.0", "ends.0", "mids.1", "ends.1"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_are_those_of_the_same_neurons(name):
+    """A network and its copy zip without loss: every feature must be the original's, but for the damping."""
+    make, shape, paths = NETWORKS[name]
+    network = seeded(lambda: make(3))
+    twin = copy.deepcopy(network)
+    x = noise(512, *shape)
+    zipped = mtzip.zip_networks({"a": network, "b": twin}, {"a": x, "b": x}, damping=1e-9)
+    for task in zipped:
+        assert zipped.orders[task].keys() == paths
+        for path, (got, wanted) in features(zipped, task, x).items():
+            scale = wanted.std()
+            assert (got - wanted).abs().max() < 0.02 * scale, path
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_wrong_order_would_be_noticed(name):
+    """Zipped with another network the stored order is not the original one, and another order fits far worse."""
+    make, shape, _ = NETWORKS[name]
+    x = noise(512, *shape)
+    networks = {task: seeded(lambda: make(3), seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks(networks, {"a": x, "b": x}, share=0.5)
+    moved = 0
+    for path, (got, wanted) in features(zipped, "b", x).items():
+        order = zipped.orders["b"][path]
+        moved += int((order != torch.arange(len(order))).sum())
+        channel = -1 if path in linear_paths(zipped["b"], zipped.orders["b"]) else 1
+        as_it_was = torch.empty_like(wanted).index_copy_(channel, order, wanted)
+        error = (got - wanted).square().mean()
+        assert error < 0.5 * wanted.var()
+        assert error < 0.7 * (got - as_it_was).square().mean() or torch.equal(wanted, as_it_was)
+    assert moved > 0
+
+
+@pytest.mark.parametrize("distill", ["features", "both"])
+def test_features_come_closer(distill):
+    x = {task: noise(256, 6, seed=seed) for seed, task in enumerate("ab")}
+    networks = {task: seeded(lambda: mlp(6, (16, 12), 3), seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks(networks, x)
+
+    def error():
+        found = [pair for task in zipped for pair in features(zipped, task, x[task]).values()]
+        return sum(float((got - wanted).square().mean() / wanted.var()) for got, wanted in found)
+
+    before, outputs = error(), distance(zipped, x)
+    history = retrain(zipped, x, 150, distill=distill, lr=3e-3)
+    assert error() < 0.9 * before
+    assert history[-1].total < history[0].total
+    assert distill == "features" or distance(zipped, x) < outputs
+
+
+def test_the_terms_are_relative_and_their_mean_over_layers():
+    x = {task: noise(32, 6, seed=seed) for seed, task in enumerate("ab")}
+    networks = {task: seeded(lambda: mlp(6, (8, 7), 3), seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks(networks, x)
+    expected = {}
+    for task in zipped:
+        terms = [
+            (got - wanted).square().mean() / wanted.var(0, correction=0).mean()
+            for got, wanted in features(zipped, task, x[task]).values()
+        ]
+        out, teacher = zipped[task](x[task]), zipped.originals[task](x[task])
+        outputs = (out - teacher).square().mean() / teacher.var(0, correction=0).mean()
+        expected[task] = float(sum(terms) / len(terms)), float(outputs)
+    for distill, parts in (("features", (0,)), ("outputs", (1,)), ("both", (0, 1))):
+        history = retrain(copy.deepcopy(zipped), x, 1, distill=distill, batch_size=32)
+        for task in zipped:
+            assert history[0].losses[task] == pytest.approx(sum(expected[task][part] for part in parts), rel=1e-4)
+
+
+def test_hooks_are_gone_afterwards():
+    x = {task: noise(32, 6) for task in "ab"}
+    zipped = mtzip.zip_networks({task: seeded(lambda: mlp(6, (8, 7), 3), seed) for seed, task in enumerate("ab")}, x)
+    retrain(zipped, x, 2, distill="both")
+    modules = [*zipped.modules(), *zipped.originals["a"].modules()]
+    assert not any(module._forward_hooks for module in modules)
+    with pytest.raises(ZeroDivisionError):
+        with captured(zipped["a"], zipped.orders["a"], "a", "network"):
+            raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in modules)
+
+
+def test_copies_keep_the_orders():
+    x = {task: noise(32, 6) for task in "ab"}
+    zipped = mtzip.zip_networks({task: seeded(lambda: mlp(6, (8, 7), 3), seed) for seed, task in enumerate("ab")}, x)
+    twin = copy.deepcopy(zipped)
+    retrain(zipped, x, 2, distill="features")
+    retrain(twin, x, 2, distill="features")
+    for key, value in weights_of(zipped).items():
+        assert torch.equal(twin.state_dict()[key], value)
+
+
+def test_what_has_no_features_is_said():
+    with pytest.raises(ValueError, match=r"layers that tasks share.*got a network that has none; zip with share > 0"):
+        retrain(zipped_pair(), inputs(8), 1, distill="features")
+    x = {task: noise(32, 6) for task in "ab"}
+    networks = {task: seeded(lambda: mlp(6, (8, 7), 3), seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks(networks, x)
+    callables = {task: (lambda v, network=network: network(v)) for task, network in networks.items()}
+    with pytest.raises(ValueError, match="needs the teacher of task 'a' to be a module with a layer '0', got function"):
+        retrain(zipped, x, 1, distill="both", teachers=callables)
+    other = {task: nn.Sequential(nn.Flatten(), network) for task, network in networks.items()}
+    with pytest.raises(ValueError, match="a module with a layer '2', it has none; pass the network that was zipped"):
+        retrain(zipped, x, 1, distill="both", teachers=other)
+    wider = {task: seeded(lambda: mlp(6, (8, 9), 3)) for task in networks}
+    with pytest.raises(ValueError, match="layer '2' must have 7 channels as the network's, got 9"):
+        retrain(zipped, x, 1, distill="both", teachers=wider)
+    assert len(retrain(zipped, {t: (v, torch.zeros(32).long()) for t, v in x.items()}, 1, distill="both", teachers={}))
+
+
+def test_layers_whose_weights_are_used_without_calling_them():
+    class Direct(nn.Module):
+        """Calls one of its hidden layers, and uses the other's weights itself."""
+
+        def __init__(self, calls: bool):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+            self.calls = calls
+
+        def forward(self, x):
+            x = self.first(x) if self.calls else nn.functional.linear(x, self.first.weight, self.first.bias)
+            return self.head(nn.functional.linear(x.relu(), self.second.weight, self.second.bias).relu())
+
+    x = {task: noise(64, 6) for task in "ab"}
+    for calls in (True, False):
+        networks = {task: seeded(lambda calls=calls: Direct(calls), seed) for seed, task in enumerate("ab")}
+        zipped = mtzip.zip_networks(networks, x)
+        if calls:
+            assert len(retrain(zipped, x, 2, distill="features")) == 2
+        else:
+            with pytest.raises(ValueError, match=r"found none of .* called as a module"):
+                retrain(zipped, x, 2, distill="features")
+
+
+def test_an_activation_in_place_does_not_reach_the_features():
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = noise(16, 4)
+    with captured(network, {"0": None}, "a", "network") as got:
+        network(x)
+    assert torch.equal(got["0"][0], network[0](x))
+    assert (got["0"][0] < 0).any()
+
+
+def test_small_networks_of_the_other_tests():
+    data = {task: images(seed, 64) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks({"a": small(3, 0), "b": small(4, 1)}, data)
+    assert zipped.orders["a"].keys() == {"norm", "hidden"}
+    assert len(retrain(zipped, data, 2, distill="both", accumulate=2)) == 2
