@@ -22,7 +22,15 @@ def check(zipped: Any, loaders: Any, **call: Any) -> None:
     """TypeError, ValueError or KeyError for arguments that are not as documented."""
     if not isinstance(zipped, ZippedNetwork):
         got = type(zipped).__name__
-        raise TypeError(f"zipped must be a ZippedNetwork, got {got}; make one with mtzip.zip_networks")
+        raise TypeError(
+            f"zipped must be a ZippedNetwork, got {got}; make one with mtzip.zip_networks, or take it out of its "
+            "wrapper: under torchrun gradients are averaged without one"
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in zipped.parameters()):
+        raise TypeError(
+            "zipped must hold plain tensors, got parameters sharded by fully_shard; retrain before sharding, or "
+            "train it in a loop of your own that calls zipped({task: inputs, ...})"
+        )
     for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
         _check_count(name, call[name])
     for name in ("validate_every", "patience"):
