@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-from mtzip.inputs import as_batch
-from mtzip.leaf import LEAVES
+from mtzip.inputs import Batch, as_batch
+from mtzip.permute import permute_
 from mtzip.trace.analysis import Analysis
 from mtzip.trace.correspond import Correspondence, correspond
 from mtzip.trace.export import export
@@ -141,7 +143,7 @@ def conv1d_net(widths=(5, 4), classes: int = 3, channels: int = 3) -> nn.Sequent
 
 def analysed(network: nn.Module, x: torch.Tensor, task: str = "t") -> Analysis:
     """The axis analysis of a network on an example."""
-    return Analysis(export(task, network, as_batch(x)), tuple(LEAVES))
+    return Analysis(export(task, network, as_batch(x)))
 
 
 def corresponding(*pairs: tuple[nn.Module, torch.Tensor]) -> tuple[list[Analysis], Correspondence]:
@@ -158,6 +160,43 @@ def axes_of(correspondence: Correspondence) -> dict[str, tuple[int, ...]]:
 def why(correspondence: Correspondence, task: int) -> dict[str, str]:
     """What of a task stays private, and why."""
     return {note.name: note.reason for owner, note in correspondence.notes if owner == task}
+
+
+def free_axes(analysis: Analysis) -> dict[int, list[str]]:
+    """Atom to writers of every axis that some layer writes and that may be reordered."""
+    atoms = [(atom, analysis.axes[atom]) for atom in analysis.axes.roots()]
+    return {at: atom.writers for at, atom in atoms if atom.pinned is None and atom.size > 1 and atom.writers}
+
+
+def reordering_error(analysis: Analysis, example: Batch, seed: int = 1) -> float:
+    """Largest difference of the outputs in float64, relative to the largest output, with all free axes reordered."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = {}
+    for atom in free_axes(analysis):
+        order = torch.randperm(analysis.axes[atom].size, generator=generator)
+        orders[atom] = order.roll(1) if torch.equal(order, order.sort().values) else order
+    network = copy.deepcopy(analysis.exported.network).double()
+    before = copy.deepcopy(network.state_dict())
+
+    def double(leaf):
+        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    example = Batch(*(pytree.tree_map(double, part) for part in (example.args, example.kwargs)))
+    with torch.no_grad():
+        expected = analysis.exported.outputs(network, example)
+        permute_(network, analysis, orders)
+        got = analysis.exported.outputs(network, example)
+    assert any(not torch.equal(value, before[key]) for key, value in network.state_dict().items()), "nothing moved"
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+
+
+def assert_reordering_changes_nothing(network: nn.Module, x: torch.Tensor, least: int = 1) -> None:
+    """Every free axis in a random order: the same function, also of inputs the network was not traced with."""
+    analysis = analysed(network, x)
+    free = free_axes(analysis)
+    assert len(free) >= least, f"only {free} can be reordered"
+    other = torch.randn(5, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+    assert reordering_error(analysis, as_batch(other)) < 1e-9
 
 
 class CifarBlock(nn.Module):

@@ -45,11 +45,7 @@ def verify_axes(analysis: Analysis, task: int, correspondence: Correspondence) -
     Raises:
         ValueError: the outputs are not finite, so that nothing can be compared.
     """
-    axes = {
-        at: _shuffled(axis.sizes[task], at)
-        for at, axis in enumerate(correspondence.axes)
-        if task in axis.atoms
-    }
+    axes = {at: _shuffled(axis.sizes[task], at) for at, axis in enumerate(correspondence.axes) if task in axis.atoms}
     proof = _Proof(analysis)
     while axes:
         orders = {correspondence.axes[at].atoms[task]: (at, order) for at, order in axes.items()}

@@ -49,6 +49,9 @@ class Analysis:
         self.norms: list[Norm] = []
         self.notes: list[Note] = []
         self.uses: dict[str, dict[int, Dim]] = {}
+        self.calls: dict[
+            str, tuple
+        ] = {}  # node of every product with a weight, also where no layer owns it, to its form
         self.tables: set[str] = set()  # weights that are looked up by number
         self.unshared: set[str] = set()  # weights that no layer owns: computed ones, recurrent ones
         self._dims: dict[str, list[Dim] | list[list[Dim]]] = {}
@@ -187,6 +190,12 @@ class Analysis:
             self.use(weight, position, None)
         if isinstance(bias, fx.Node):
             self.use(bias, 0, rows)
+        depthwise = groups > 1 and groups == features
+        self.calls[node.name] = (
+            kind,
+            tuple(sizes[2:]),
+            "depthwise" if depthwise else "grouped" if groups > 1 else "full",
+        )
         self._record(node, kind, places, weight, bias, reads, rows, groups, transposed)
         return rows
 

@@ -100,12 +100,12 @@ def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
             of_node[node.name] = number(("input", analysis.exported.inputs.index(node.name)))
             continue
         sources = _sources(node, analysis, of_node)
-        layer = layers.get(node.name)
-        if layer is not None:
-            key = (layer.kind, layer.kernel, tuple(sources))
+        if node.name in analysis.calls:
+            key = (*analysis.calls[node.name], tuple(sources))
             seen[key] = seen.get(key, 0) + 1  # two layers on the same input are told apart by their order
             of_node[node.name] = number((*key, seen[key]))
-            result[of_node[node.name]] = layer
+            if node.name in layers:
+                result[of_node[node.name]] = layers[node.name]
         elif len(set(sources)) == 1:
             of_node[node.name] = sources[0]
         elif sources:
@@ -116,9 +116,11 @@ def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
 
 
 def _sources(node: fx.Node, analysis: Analysis, of_node: Mapping[str, int]) -> list[int]:
-    """Keys of the tensors a node reads, sizes and parameters left out."""
+    """Keys of the tensors a node reads, one or several to an argument; sizes and parameters left out."""
     return [
-        of_node[arg.name] for arg in node.all_input_nodes if arg.name in of_node and analysis.shape(arg) is not None
+        of_node[arg.name]
+        for arg in node.all_input_nodes
+        if arg.name in of_node and (analysis.shape(arg) is not None or isinstance(arg.meta.get("val"), (tuple, list)))
     ]
 
 

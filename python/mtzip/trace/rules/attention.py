@@ -46,6 +46,9 @@ def attention(analysis: Analysis, node: fx.Node) -> list[Dim]:
     shape = analysis.shape(node)
     operands = [(sizes[:-2], dims[:-2]) for sizes, dims in zip(shapes, (query, key, value), strict=True)]
     batch = meet(analysis, node, operands, shape[:-2])
+    if argument(node, 5, "is_causal", False):
+        for dim in (query[-2], key[-2]):
+            analysis.pin(dim, node, "is causal along it")
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, fx.Node):
         scores = (shape[:-2] + [shapes[0][-2], shapes[1][-2]], [*batch, query[-2], key[-2]])

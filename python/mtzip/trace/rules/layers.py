@@ -42,7 +42,17 @@ def conv(analysis: Analysis, node: fx.Node) -> list[Dim]:
     dims = analysis.dims(node.args[0])
     places = dict(input=0, weight=1, bias=2)
     rows = analysis.layer(node, name_of(node), places, reads=dims[1], groups=argument(node, 6, "groups", 1))
-    return [dims[0], rows, *[None] * (len(dims) - 2)]
+    return [dims[0], rows, *_positions(analysis, node, dims[2:])]
+
+
+def _positions(analysis: Analysis, node: fx.Node, dims: list[Dim]) -> list[Dim]:
+    """Spatial dimensions: a kernel of one position leaves them alone, any other runs along them."""
+    same = analysis.shape(node)[2:] == analysis.shape(node.args[0])[2:]
+    if same and all(size == 1 for size in analysis.shape(node.args[1])[2:]):
+        return dims
+    for dim in dims:
+        analysis.pin(dim, node, "runs along it")
+    return [None] * len(dims)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -51,7 +61,7 @@ def conv_transpose(analysis: Analysis, node: fx.Node) -> list[Dim]:
     dims = analysis.dims(node.args[0])
     places, groups = dict(input=0, weight=1, bias=2), argument(node, 6, "groups", 1)
     rows = analysis.layer(node, name_of(node), places, reads=dims[1], groups=groups, transposed=True)
-    return [dims[0], rows, *[None] * (len(dims) - 2)]
+    return [dims[0], rows, *_positions(analysis, node, dims[2:])]
 
 
 @rule("embedding", "embedding_bag")
@@ -90,6 +100,8 @@ def recurrent(analysis: Analysis, node: fx.Node) -> list[list[Dim]] | list[Dim]:
     for at, weight in enumerate(weights):
         if at % each == 0 and at < each * directions:
             analysis.use(weight, 1, first)
+    for dim in analysis.dims(node.args[0])[:-1]:
+        analysis.pin(dim, node, "runs along it")
     states = node.args[2 if packed else 1]
     for state in states if isinstance(states, (list, tuple)) else [states]:
         for dim in analysis.dims(state):

@@ -178,7 +178,8 @@ def shuffle(analysis: Analysis, node: fx.Node) -> list[Dim]:
         return [dims[0], channels, *dims[2:]]
     at = len(dims) - 3 if name.startswith("pixel") else 1
     if after[at] < before[at]:
-        channels = split(analysis, node, dims[at], [after[at], before[at] // after[at]])[0]
+        channels, inside = split(analysis, node, dims[at], [after[at], before[at] // after[at]])
+        analysis.pin(inside, node, "makes positions of it")
     else:
         channels = analysis.axes.multiply(dims[at], 1, after[at] // before[at])
     return [*dims[:at], channels, *[None] * (len(after) - at - 1)]
