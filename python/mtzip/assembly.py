@@ -53,10 +53,12 @@ def forget(leaf: nn.Module) -> None:
 
 @contextmanager
 def assembled_anew() -> Iterator[None]:
-    """Within it nothing is kept: as much memory as the stored blocks take, and their assembly at every call."""
+    """Within it weights are assembled at every call: the memory of the stored blocks, and time for it.
+
+    What was kept before stays until the mode is set: call ``eval()`` first.
+    """
     global _on
     before, _on = _on, False
-    _kept.clear()
     try:
         yield
     finally:

@@ -6,7 +6,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+<<<<<<< HEAD
+import torch
+from torch import nn
+=======
 from torch import Tensor, nn
+>>>>>>> 72f5fccb20683373fb7617018d367c9841c79568
 
 from .errors import unknown_task
 from .layout import Layout
@@ -26,7 +31,8 @@ class ZippedNetwork(nn.Module):
     """Several networks, one per task, that store the weights they share once.
 
     ``zipped["a"]`` is task a's network, of the class it always had; ``zipped({"a": xa, "b": xb})`` runs several tasks;
-    ``zipped(x)`` runs every task on the same input. Both return a dict from task to output.
+    ``zipped(x)`` runs every task on the same input, what they compute alike once (:mod:`mtzip.deploy.together`). Both
+    return a dict from task to output.
 
     ``state_dict`` holds each tensor once: ``shared.<path in the first task that has it>.<block>`` for what tasks
     share, ``networks.<task>.<path>`` for the rest. Made by :func:`mtzip.zip_networks` and :func:`mtzip.load`.
@@ -43,8 +49,12 @@ class ZippedNetwork(nn.Module):
         self._originals = dict(originals) if originals else None
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
+<<<<<<< HEAD
+        self._together = None  # the graph of all tasks on one input
+=======
         #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
         self.orders: dict[str, dict[str, Tensor]] = {}
+>>>>>>> 72f5fccb20683373fb7617018d367c9841c79568
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,6 +90,13 @@ class ZippedNetwork(nn.Module):
     def forward(self, inputs: Any) -> dict[str, Any]:
         if isinstance(inputs, Mapping) and inputs and all(key in self.networks for key in inputs):
             return {task: self[task](value) for task, value in inputs.items()}
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            from .deploy.together import Together
+
+            self._together = self._together or Together()
+            outputs = self._together(self, inputs)
+            if outputs is not None:
+                return outputs
         return {task: network(inputs) for task, network in self.networks.items()}
 
     def extract(self, task: str) -> nn.Module:
@@ -134,7 +151,7 @@ class ZippedNetwork(nn.Module):
     # -- copies do not take the originals along ----------------------------------------------------------------
 
     def __getstate__(self):
-        return {**self.__dict__, "_originals": None}
+        return {**self.__dict__, "_originals": None, "_together": None}
 
     def __deepcopy__(self, memo):
         new = type(self).__new__(type(self))

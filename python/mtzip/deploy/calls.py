@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from ..assembly import assembled_anew
 from ..errors import ZipError, first_line
 from ..inputs import Batch
 from ..share import ZippedNetwork
@@ -59,7 +60,7 @@ class Calls(nn.Module):
             self._calls.append(call)
         self.inputs = [call.inputs for call in self._calls]
         self.input_names = [call.input_names for call in self._calls]
-        with torch.no_grad():
+        with torch.no_grad(), assembled_anew():
             self(self.tensors, self.inputs)
         self.output_names = [call.output_names for call in self._calls]
 
@@ -79,6 +80,19 @@ class Calls(nn.Module):
                     f"task {task!r}: {call.name} cannot run on the example input: {first_line(error)}"
                 ) from error
         return results
+
+
+class SameInput(nn.Module):
+    """The calls on the same inputs."""
+
+    def __init__(self, calls: Calls):
+        super().__init__()
+        self._held = [calls]
+
+    def forward(self, tensors: dict[str, Tensor], inputs: list[Tensor]) -> list[list[Tensor]]:
+        # An alias a task: operators that give back what they got, as flatten may, would tie the tasks together.
+        alias = torch.ops.aten.alias.default
+        return self._held[0](tensors, [[alias(x) for x in inputs] for _ in self._held[0].tasks])
 
 
 class _Call:

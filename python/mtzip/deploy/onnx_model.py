@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch import Tensor
 
 from ..errors import ZipError, first_line
-from .calls import Calls
+from .calls import Calls, SameInput
+from .exporting import batch_sizes, exported, quiet
 
 INPUT = "input"  # of all tasks
 
@@ -46,14 +40,14 @@ def model_of(calls: Calls, same_input: bool = False, opset: int | None = None) -
         ValueError: inputs of the tasks differ in form with ``same_input``.
         ZipError: a network cannot be exported, or an operator has no form in ONNX.
     """
-    module, inputs, sizes = calls, calls.inputs, _batch_sizes(calls)
+    module, inputs, sizes = calls, calls.inputs, batch_sizes(calls)
     if same_input:
         _check_same_form(calls)
-        module, inputs, sizes = _Same(calls), inputs[0], sizes[0]
+        module, inputs, sizes = SameInput(calls), inputs[0], sizes[0]
     weights = {key: tensor.detach() for key, tensor in calls.tensors.items()}
-    program = _exported(module, calls, (weights, inputs), (dict.fromkeys(weights), sizes))
+    program = exported(module, calls, (weights, inputs), (dict.fromkeys(weights), sizes))
     try:
-        with _quiet():
+        with quiet():
             model = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset).model
     except Exception as error:  # the exporter's own errors have no common class
         raise ZipError(f"{', '.join(calls.tasks)} cannot be written as ONNX: {first_line(error)}") from error
@@ -65,37 +59,6 @@ def model_of(calls: Calls, same_input: bool = False, opset: int | None = None) -
         change(model)
     _shorten(model)
     return model
-
-
-class _Same(nn.Module):
-    """The calls on the same inputs."""
-
-    def __init__(self, calls: Calls):
-        super().__init__()
-        self._held = [calls]
-
-    def forward(self, tensors: dict[str, Tensor], inputs: list[Tensor]) -> list[list[Tensor]]:
-        return self._held[0](tensors, [inputs] * len(self._held[0].tasks))
-
-
-def _exported(module: nn.Module, calls: Calls, args: tuple[Any, ...], sizes: tuple[Any, ...]) -> ExportedProgram:
-    """``torch.export.export`` with its errors as a :class:`ZipError`."""
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
-    except ZipError:
-        raise
-    except Exception as error:
-        raise ZipError(f"the networks of {', '.join(calls.tasks)} cannot be exported: {first_line(error)}") from error
-
-
-def _batch_sizes(calls: Calls) -> list[list[dict[int, Any] | None]]:
-    """The dynamic sizes of every input: its batch."""
-    sizes = []
-    for inputs in calls.inputs:
-        batch = next(x.shape[0] for x in inputs if x.dim())
-        sizes.append([{0: Dim.AUTO} if x.dim() and x.shape[0] == batch else None for x in inputs])
-    return sizes
 
 
 def _store(graph: ir.Graph, weights: dict[str, Tensor]) -> None:
@@ -163,17 +126,3 @@ def _check_same_form(calls: Calls) -> None:
                 f"same_input needs tasks with inputs of the same form, got {first} for {calls.tasks[0]} and {other} "
                 f"for {task}; export them without it"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's log: what matters comes as an error."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
