@@ -6,12 +6,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-<<<<<<< HEAD
 import torch
-from torch import nn
-=======
 from torch import Tensor, nn
->>>>>>> 72f5fccb20683373fb7617018d367c9841c79568
 
 from .errors import unknown_task
 from .layout import Layout
@@ -49,12 +45,9 @@ class ZippedNetwork(nn.Module):
         self._originals = dict(originals) if originals else None
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
-<<<<<<< HEAD
         self._together = None  # the graph of all tasks on one input
-=======
         #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
         self.orders: dict[str, dict[str, Tensor]] = {}
->>>>>>> 72f5fccb20683373fb7617018d367c9841c79568
 
     @property
     def tasks(self) -> tuple[str, ...]:
