@@ -189,7 +189,7 @@ def test_near_neurons_keep_their_digits(assert_within):
 
 def test_slots_of_two_tasks():
     pairs = torch.tensor([[2, 0], [0, 3]])
-    slots = slots_of(pairs, (0, 1), (4, 5), 1.5, torch.tensor([[1.0, -2.0], [1.0, 0.5]]))
+    slots = slots_of(pairs, (0, 1), (4, 5), torch.tensor([1.0, 0.5]), torch.tensor([[1.0, -2.0], [1.0, 0.5]]))
     assert slots.shared == 2
     assert slots.difference == 1.5
     assert slots.order(0).tolist() == [0, 2, 1, 3]

@@ -54,11 +54,11 @@ class Execution:
 
     def input_changed(self, layer: Layer) -> bool:
         """True if what ``layer`` reads differs from the original's."""
-        return self.is_changed(layer.node.args[0])
+        return self.is_changed(layer.input)
 
     def inputs(self, layer: Layer) -> list[Tensor]:
         """What ``layer`` reads in the zipped network."""
-        return self.zipped[layer.node.args[0].name]
+        return self.zipped[layer.input.name]
 
     def advance(self, until: fx.Node | None, visit) -> None:
         """Runs both networks up to ``until``, whose original value is computed and its zipped one not.

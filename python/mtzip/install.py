@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .columns import Unknown
 from .layout import Layout, Run, pieces, totals
 from .leaf import leaf_class, replace_module
-from .merge import Part, Rows
+from .merge import Part, Rows, positions
 from .moments import cross_moment
 from .norms import refit_norm_, set_statistics_
 
@@ -82,16 +82,6 @@ def install_shared(
         ordered = [*layout.weight_blocks(), *layout.bias_blocks(), *([layout.scale_name] if scaled else [])]
         leaf = leaf_class(type(module), layout.names).wrap(module, layout, {name: blocks[name] for name in ordered})
         set_network(task, replace_module(networks[task], module, leaf))
-
-
-def positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Positions of the neurons stored by exactly ``tasks``, ascending."""
-    start, parts = 0, [torch.zeros(0, dtype=torch.int64, device=device)]
-    for run in runs:
-        if run.tasks == tasks:
-            parts.append(torch.arange(start, start + run.size, device=device))
-        start += run.size
-    return torch.cat(parts)
 
 
 def assembled(runs: Sequence[Run], solved: Mapping, task: int) -> Rows:

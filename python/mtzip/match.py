@@ -12,7 +12,7 @@ parallel sum of Q_A and r^2 Q_B between a and b / r.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,14 +34,20 @@ class Slots:
 
     Args:
         table: [slots, tasks] int64, slots of more tasks first.
-        difference: summed functional difference of all merged slots, in units of the layers' output variances.
+        costs: [shared slots] functional difference of each, in units of the layers' output variances.
         scales: [slots, tasks] private scales that matching found, ones where it tried none.
+        energy: half the summed variance of what all neurons put out, in the same units.
     """
 
     table: Tensor
-    difference: float = 0.0
+    costs: Tensor | None = None
     scales: Tensor | None = None
-    _runs: dict = field(default_factory=dict)
+    energy: float = 0.0
+
+    @property
+    def difference(self) -> float:
+        """Summed functional difference of all merged slots."""
+        return 0.0 if self.costs is None else float(self.costs.sum())
 
     def order(self, task: int) -> Tensor:
         """Neurons of a task in stored order, [n]."""
@@ -67,7 +73,11 @@ class Slots:
 
 
 def slots_of(
-    shared: Tensor, tasks: Sequence[int], sizes: Sequence[int], difference: float = 0.0, scales: Tensor | None = None
+    shared: Tensor,
+    tasks: Sequence[int],
+    sizes: Sequence[int],
+    costs: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Slots:
     """Slots of several tasks: those that all of them share first, in the order of the first task.
 
@@ -75,7 +85,7 @@ def slots_of(
         shared: [k, tasks] neuron of every task in each of them.
         tasks: indices of the tasks, ascending.
         sizes: number of neurons of each task.
-        difference: summed functional difference of the shared slots.
+        costs: [k] functional difference of each.
         scales: [k, tasks] private scales of the shared slots.
     """
     by_first = shared[:, 0].argsort()
@@ -94,7 +104,7 @@ def slots_of(
     full = torch.ones(table.shape, dtype=torch.float64)
     if scales is not None:
         full[: len(shared), columns] = scales[by_first].cpu().double()
-    return Slots(table, difference, full)
+    return Slots(table, None if costs is None else costs[by_first], full)
 
 
 def euclidean(first: Tensor, second: Tensor) -> Tensor:
@@ -189,11 +199,11 @@ def scale_free_difference(
         else:
             better = gain > best
             best, ratio = torch.where(better, gain, best), torch.where(better, r * sign, ratio)
-    alone = [_gain_alone(system, at, b) for at, b in enumerate(right)]
+    alone = [gain_alone(system, at, b) for at, b in enumerate(right)]
     return (alone[0][:, None] + alone[1] - best).clamp_min(0) / 2, ratio
 
 
-def _gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:
+def gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:
     """What rows of one side gain alone, b^T Q^-1 b, [r]."""
     side = system.sides[at]
     own = type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)
@@ -217,7 +227,7 @@ def joining_difference(
     signed, ratios = bool(ratios), ratios or (1.0,)
     slot = sum(system.scatter(at, b * scales[:, at]) for at, b in enumerate(right[:-1]))
     new = system.scatter(len(right) - 1, right[-1])
-    alone = _gain_alone(system, len(right) - 1, right[-1])
+    alone = gain_alone(system, len(right) - 1, right[-1])
     cost = slot.new_zeros(slot.shape[1], new.shape[1])
     ratio = torch.ones_like(cost)
     used = torch.unique(torch.cat([side.index for side in system.sides[:-1]]))

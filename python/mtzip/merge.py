@@ -167,6 +167,16 @@ def settle(parts: Mapping[int, Part], affine: bool) -> None:
             part.constant = "shared" if shared else "free" if free else "none"
 
 
+def positions(runs: Sequence[Run], tasks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of the neurons stored by exactly ``tasks``, ascending."""
+    start, parts = 0, [torch.zeros(0, dtype=torch.int64, device=device)]
+    for run in runs:
+        if run.tasks == tasks:
+            parts.append(torch.arange(start, start + run.size, device=device))
+        start += run.size
+    return torch.cat(parts)
+
+
 class Systems:
     """The joint systems of one group of layers, by the tasks that share: matching and every solve use the same."""
 
@@ -219,33 +229,49 @@ def _energy(moment: Moment) -> float:
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
-def match_axis(systems: Systems, neurons: Mapping[int, Tensor], count: int, method: str, matching: str) -> Slots:
+def match_axis(
+    groups: Sequence[tuple[Systems, Mapping[int, Tensor]]],
+    count: int,
+    method: str,
+    matching: str,
+    extra: Sequence[Tensor] = (),
+) -> Slots:
     """Matches the neurons of an axis that several tasks' layers write and keeps ``count`` slots that all of them share.
 
     The first two tasks are matched with each other, every further one onto the slots there are.
 
     Args:
-        systems: of the parts.
-        neurons: task to the rows [n, m] that each of its neurons has in its part, in the network's own order.
+        groups: for every group of layers that writes the axis its systems, and task to the rows [n, m] that each neuron
+            has in its part, in the network's own order. Their differences are added up.
         count: slots.
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
+        extra: further costs [n, m] of pairing neurons of two tasks.
     """
+    neurons = groups[0][1]
     tasks = sorted(neurons)
     table = torch.arange(len(neurons[tasks[0]]))[:, None]
     scales = torch.ones(table.shape, dtype=torch.float64)
-    difference = 0.0
+    costs = torch.zeros(len(table), dtype=torch.float64)
     for at in range(1, len(tasks)):
-        distances, ratio = _distances(systems, neurons, tasks[: at + 1], table, scales, method)
+        found = [_distances(systems, rows, tasks[: at + 1], table, scales, method) for systems, rows in groups]
+        distances = sum(d for d, _ in found)
+        if at == 1 and len(tasks) == 2:
+            distances = sum(extra, distances)
+        ratio = found[0][1] if len(found) == 1 else None  # every layer has scales of its own
         pairs = mtz_ext.match_neurons(distances, count, method=matching)
         slots, joining = pairs.cpu().unbind(1)
-        difference += float(distances[pairs[:, 0], pairs[:, 1]].sum())
+        costs = costs[slots] + distances[pairs[:, 0], pairs[:, 1]].cpu().double()
         new = (
             torch.ones(count, dtype=torch.float64) if ratio is None else ratio[pairs[:, 0], pairs[:, 1]].cpu().double()
         )
         table = torch.cat([table[slots], joining[:, None]], 1)
         scales = torch.cat([scales[slots], new[:, None]], 1)
-    return match.slots_of(table, tasks, [len(neurons[task]) for task in tasks], difference, scales)
+    slots = match.slots_of(table, tasks, [len(neurons[task]) for task in tasks], costs, scales)
+    for systems, rows in groups:
+        for task, part in systems.parts.items():
+            slots.energy += part.alpha * float(part.target.variance[rows[task].flatten()].sum()) / 2
+    return slots
 
 
 def _distances(
@@ -288,9 +314,10 @@ def _row_distances(
         biased = all(part.has_bias for part in parts.values())
         mean, bias = _average({t: parts[t] for t in members}, {t: rows[t] for t in members}, unknown)
         first = mean[unknown.index[new].to(mean.device)].T
-        second = parts[new].weight[:, unknown.columns[new]]
+        second = parts[new].weight[rows[new]][:, unknown.columns[new]]
         if biased:
-            first, second = torch.cat([first, bias[:, None]], 1), torch.cat([second, parts[new].bias[:, None]], 1)
+            own = parts[new].bias[rows[new]]
+            first, second = torch.cat([first, bias[:, None]], 1), torch.cat([second, own[:, None]], 1)
         return match.euclidean(first, second), None
     unknown, system = systems.of(tasks, shared_only=method == "mtz")
     if method == "mtz":
@@ -311,6 +338,41 @@ def _row_distances(
     if len(tasks) == 2:
         return match.scale_free_difference(system, right, ratios)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)
+
+
+def shared_cost(systems: Systems, rows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """What it costs that rows are stored together, [r], and the ratio [r] of private scales that is best of a few.
+
+    Args:
+        systems: of the parts.
+        rows: task to rows of its part, all of the same length.
+    """
+    tasks = sorted(rows)
+    parts = {task: systems.parts[task] for task in tasks}
+    unknown, system = systems.of(tasks)
+    right = [
+        system.scatter(at, parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=True))
+        for at, (side, task) in enumerate(zip(system.sides, tasks, strict=True))
+    ]
+    alone = sum(match.gain_alone(system, at, b[system.sides[at].index]) for at, b in enumerate(right))
+    scalable = all(part.scalable for part in parts.values()) and len(tasks) == 2
+    best = torch.full_like(alone, -torch.inf)
+    chosen = torch.ones_like(alone)
+    for ratio in match.FEW_RATIOS if scalable else (1.0,):
+        factor = system.factor([1.0] * (len(tasks) - 1) + [ratio])
+        sign = torch.ones_like(alone)
+        if scalable:
+            first, second = right[0], right[1] * ratio
+            one, two = factor.solve(torch.cat([first, second], 1)).split(first.shape[1], 1)
+            across = (first * two).sum(0)
+            sign = torch.where(across < 0, -1.0, 1.0).to(alone)
+            gain = (first * one).sum(0) + (second * two).sum(0) + 2 * across.abs()
+        else:
+            total = sum(right)
+            gain = (total * factor.solve(total)).sum(0)
+        chosen = torch.where(gain > best, ratio * sign, chosen)
+        best = torch.maximum(best, gain)
+    return (alone - best).clamp_min(0) / 2, chosen
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------

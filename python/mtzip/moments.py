@@ -109,9 +109,10 @@ class View:
     """A layer seen as rows times columns: how its input becomes positions x columns.
 
     Args:
-        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        kind: "linear", "conv1d" to "conv3d", "conv_transpose1d" to "conv_transpose3d".
         kernel: kernel size, () for linear.
-        settings: stride, padding, dilation; ``total_padding`` where it is not the same on both sides.
+        settings: stride, padding, dilation; ``total_padding`` where it is not the same on both sides;
+            ``output_padding`` of a transposed convolution.
         transposed: whether its weight has the columns first.
     """
 
@@ -121,22 +122,43 @@ class View:
         self.is_linear = kind == "linear"
         self.kernel, self.settings = tuple(kernel), dict(settings or {})
         self.transposed = transposed
+        self.upsampled: tuple[int, ...] | None = None
+        if kind.startswith("conv_transpose"):
+            # A convolution of stride 1, by the kernel turned round, of the input with zeros between its pixels.
+            given = self.settings
+            self.upsampled = given["stride"]
+            self._around = [
+                (d * (k - 1) - p, d * (k - 1) - p + o)
+                for k, d, p, o in zip(
+                    self.kernel, given["dilation"], given["padding"], given["output_padding"], strict=True
+                )
+            ]
+            self.settings = {"stride": (1,) * len(self.kernel), "dilation": given["dilation"]}
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The layer's weight as rows x columns."""
-        return (weight.transpose(0, 1) if self.transposed else weight).flatten(1)
+        weight = weight.transpose(0, 1) if self.transposed else weight
+        return self._turned(weight).flatten(1)
 
     def blocked(self, matrix: Tensor) -> Tensor:
         """Some rows and whole input channels of :meth:`matrix` as a block of the weight, rows first."""
-        return matrix.reshape(len(matrix), -1, *self.kernel)
+        return self._turned(matrix.reshape(len(matrix), -1, *self.kernel))
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`."""
         weight = self.blocked(matrix)
         return weight.transpose(0, 1) if self.transposed else weight
 
+    def _turned(self, weight: Tensor) -> Tensor:
+        return weight if self.upsampled is None else weight.flip(tuple(range(2, weight.dim())))
+
     def prepare(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Input padded explicitly where the two sides differ, and the symmetric padding that is left."""
+        if self.upsampled is not None:
+            sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.upsampled, strict=True)]
+            spread = x.new_zeros(*x.shape[:2], *sizes)
+            spread[(..., *(slice(None, None, s) for s in self.upsampled))] = x
+            return F.pad(spread, [a for pair in reversed(self._around) for a in pair]), (0,) * len(sizes)
         total = self.settings.get("total_padding")
         if total is None or all(amount % 2 == 0 for amount in total):
             return x, self.settings["padding"]

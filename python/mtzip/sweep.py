@@ -7,6 +7,7 @@ new, solves for the rows, installs them, and runs on. So a zip costs two forward
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,17 @@ from tqdm import tqdm
 from . import install, merge
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
+from .grouped import GroupedPart, grouped_moments, solve_grouped
 from .layout import Run
 from .leaf import LEAVES
 from .match import Slots
 from .merge import Part
-from .moments import View, collect, enough
+from .moments import Target, View, collect, enough
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .permute import permute_
 from .reconstruct import corrected, correction, following
 from .report import AxisReport, LayerReport
+from .residual import offset_target, skip_of
 from .sensitivity import row_weighting
 from .solve import automatic_damping
 from .trace.analysis import Analysis, Layer
@@ -157,14 +160,19 @@ class Sweep:
         axes: list[AxisGroup] = []
         writers: dict[int, list[int]] = {}
         for task, layer in group.layers.items():
-            for axis in self._row_axes(task, layer) if layer.private is None and layer.groups == 1 else ():
+            for axis in self._row_axes(task, layer) if layer.private is None else ():
                 writers.setdefault(id(axis), []).append(task)
                 axes += [] if axis in axes else [axis]
-        axes = [axis for axis in axes if len(writers[id(axis)]) > 1]
+        # Groups are not matched by themselves: their axis is that of a layer before them.
+        grouped = any(layer.groups > 1 for layer in group.layers.values())
+        axes = [a for a in axes if len(writers[id(a)]) > 1 and (not grouped or id(a) in self.slots)]
         members = sorted({task for axis in axes for task in writers[id(axis)]})
         columns = self._runs({task: layer.columns for task, layer in group.layers.items()})
         changed = {}
-        if members:
+        if members and grouped:
+            self._share_grouped(group, members)
+            changed = dict.fromkeys(members, True)
+        elif members:
             parts = {task: self._part(task, group.layers[task], columns[task], True) for task in members}
             merge.settle(parts, self.options.affine)
             systems = merge.Systems(parts)
@@ -215,49 +223,121 @@ class Sweep:
         if part.fold is not None:  # both in the same order now
             scale, shift = part.fold
             part.weight, part.bias = weight * scale[:, None], bias * scale + shift
+        if self.options.method == "refit" and (shared or layer.norm is None):
+            self._follow_skip(part, inputs, outputs, sizes)
         return part
+
+    def _follow_skip(self, part: Part, inputs, outputs, sizes: Sequence[int]) -> None:
+        """Moves the target of a layer in front of a residual addition by what the zipped skip has lost."""
+        execution = self.executions[part.task]
+        skip = skip_of(execution, part.layer)
+        if skip is None or not execution.is_changed(skip):
+            return
+        targets = [part.original_output(z) for z in outputs]
+        skips = [_heads(values[skip.name], sizes) for values in (execution.original, execution.zipped)]
+        channel = -1 if part.layer.kind == "linear" else 1
+        if part.order is not None:
+            skips[0] = [x.index_select(channel, part.order) for x in skips[0]]
+        offsets = [before - after for before, after in zip(*skips, strict=True)]
+        part.target = offset_target(part.view, inputs, targets, offsets, part.moment, part.target)
 
     def _share(self, group: LayerGroup, systems: merge.Systems) -> None:
         """Solves for the rows of a group whose axes are matched, and installs them."""
         options, parts = self.options, systems.parts
         runs = self._runs({task: part.layer.rows for task, part in parts.items()})
-        starts = {task: self._starts(part) for task, part in parts.items()}
+        starts = self._starts(systems)
         solved = self._solve(systems, runs, starts)
         if options.method == "refit":
             for _ in range(options.reconstructions):
                 if not self._retarget(parts, runs, solved):
                     break
                 solved = self._solve(systems, runs, starts)
+        report = self._install(group, parts, runs, solved)
+        report.damping *= systems.escalation
+
+    def _share_grouped(self, group: LayerGroup, members: Sequence[int]) -> None:
+        """The same for a convolution with groups."""
+        parts = {task: self._grouped_part(task, group.layers[task], members) for task in members}
+        merge.settle(parts, self.options.affine)
+        runs = self._runs({task: part.layer.rows for task, part in parts.items()})
+        solved = {}
+        for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
+            rows = {task: merge.positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+            solved[tasks] = solve_grouped(parts, rows, self.options.method)
+        self._install(group, parts, runs, solved)
+
+    def _grouped_part(self, task: int, layer: Layer, members: Sequence[int]) -> GroupedPart:
+        execution, analysis, network = self.executions[task], self.analyses[task], self.networks[task]
+        view = View(layer.kind, layer.kernel, layer.settings)
+        inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
+        sizes = enough(view, inputs, *MOMENT_SAMPLES)
+        # The moment is in stored order already, as the input is; targets and cross moments are brought into it first.
+        order = analysis.axes.index(layer.rows, self._orders(task))
+        outputs = _heads(outputs, sizes)
+        if order is not None:
+            outputs = [z.index_select(1, order.to(z.device)) for z in outputs]
+        moment, target = grouped_moments(view, layer.groups, _heads(inputs, sizes), outputs)
+        weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
+        bias = weight.new_zeros(len(weight))
+        if layer.bias is not None:
+            bias = analysis.exported.tensor(layer.bias, network).detach().double()
+        damping = self.options.damping or automatic_damping(weight.shape[1], moment.count)
+        columns = (Run(tuple(members), weight.shape[1] // math.prod(layer.kernel)),)
+        part = GroupedPart(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
+        part.normalised = self.options.method != "mtz"
+        part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
+        if self.options.method != "average" and layer.norm is not None:
+            part.fold = folded_affine(analysis, layer.norm)
+            if order is not None:
+                part.fold = tuple(value[order.to(value.device)] for value in part.fold)
+            scale, shift = part.fold
+            part.weight, part.bias = weight * scale[:, None], bias * scale + shift
+            cross = target.cross * scale.view(layer.groups, 1, -1)
+            part.target = Target(target.mean * scale + shift, target.variance * scale.square(), cross)
+        return part
+
+    def _install(self, group: LayerGroup, parts: Mapping[int, Part], runs, solved) -> LayerReport:
+        """Installs solved rows as leaves, fits the BatchNorm behind them, and reports the layer."""
+        options = self.options
         before = sum(_layer_size(part.analysis, part.layer) for part in parts.values())
         install.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
         report = LayerReport(group.name, before, 0)
         for task, part in parts.items():
             rows = install.assembled(runs[task], solved, task)
-            outputs = install.Outputs.of(part, rows)
+            outputs = part.outputs(rows) if isinstance(part, GroupedPart) else install.Outputs.of(part, rows)
             if part.layer.norm is not None:
                 self._solved_norms.add((task, part.layer.norm.node.name))
                 install.fit_following_norm(part, self.networks[task], outputs, options.method == "average")
             report.samples[self.tasks[task]] = part.moment.count
             report.error[self.tasks[task]] = install.relative_error(part, rows, outputs)
             report.space = "sample" if part.moment.samples is not None else "feature"
-        report.damping = max(part.damping for part in parts.values()) * systems.escalation
+        report.damping = max(part.damping for part in parts.values())
         report.after = _distinct_size(self.networks, parts)
         self.layers.append(report)
+        return report
 
-    def _starts(self, part: Part) -> torch.Tensor:
-        """Private scale [r] of every row that matching found, in stored order."""
-        starts = torch.ones(len(part.weight), dtype=torch.float64)
-        for axis in self._row_axes(part.task, part.layer):
-            if id(axis) in self.slots and part.task in axis.atoms:
-                rows = axis_rows(part.analysis, part.layer.rows, axis.atoms[part.task])
-                starts[rows] = self.slots[id(axis)].scale(part.task)[:, None].expand(rows.shape)
+    def _starts(self, systems: merge.Systems) -> dict[int, torch.Tensor]:
+        """Task to the private scale [r] that matching found for every row, in stored order."""
+        parts = systems.parts
+        starts = {task: torch.ones(len(part.weight), dtype=torch.float64) for task, part in parts.items()}
+        axes = {id(axis): axis for task, part in parts.items() for axis in self._row_axes(task, part.layer)}
+        for axis in axes.values():
+            slots, members = self.slots[id(axis)], [task for task in parts if task in axis.atoms]
+            rows = {t: axis_rows(parts[t].analysis, parts[t].layer.rows, axis.atoms[t]) for t in members}
+            for task in members:
+                starts[task][rows[task]] = slots.scale(task)[:, None].expand(rows[task].shape)
+            if len(axis.writers) > 1 and len(members) == 2 and self.options.method == "refit":
+                # Paired for all its writers together: each has a scale of its own.
+                shared = {task: rows[task][: slots.shared].flatten() for task in members}
+                _, ratio = merge.shared_cost(systems, shared)
+                starts[members[1]][shared[members[1]]] = ratio.cpu()
         return starts
 
     def _solve(self, systems: merge.Systems, runs: Mapping[int, tuple[Run, ...]], starts: Mapping[int, torch.Tensor]):
         """Rows of every set of tasks that stores some together."""
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: install.positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
+            rows = {task: merge.positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
             solved[tasks] = merge.solve_rows(systems, rows, starts, self.options.method)
         return solved
 
@@ -291,18 +371,22 @@ class Sweep:
         """Matches an axis at the layers that write it, and brings the networks and parts into stored order."""
         count, parts = self.options.counts[axis.name], {task: systems.parts[task] for task in tasks}
         neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
-        slots = merge.match_axis(systems, neurons, count, self.options.method, self.options.matching)
-        self.slots[id(axis)] = slots
+        matching = "greedy" if self.options.matching == "greedy" else "optimal"
+        slots = merge.match_axis([(systems, neurons)], count, self.options.method, matching)
+        self.store(axis, slots)
         for task, part in parts.items():
             orders = {axis.atoms[task]: slots.order(task)}
-            permute_(self.networks[task], part.analysis, orders)
             part.reorder_rows(part.analysis.axes.index(part.layer.rows, orders))
-        written = {task: rows.flatten() for task, rows in neurons.items()}
-        energy = sum(part.alpha * float(part.target.variance[written[t]].sum()) for t, part in parts.items()) / 2
-        width = min(axis.sizes.values())
+
+    def store(self, axis: AxisGroup, slots: Slots) -> None:
+        """Takes over how an axis is stored: brings the networks into that order and reports it."""
+        self.slots[id(axis)] = slots
+        for task, atom in axis.atoms.items():
+            permute_(self.networks[task], self.analyses[task], {atom: slots.order(task)})
+        energy = slots.energy * slots.shared / min(axis.sizes.values())
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
-        report.difference = slots.difference / (energy * slots.shared / width) if slots.shared and energy else 0.0
-        if self.options.method == "average":
+        report.difference = slots.difference / energy if energy else 0.0
+        if self.options.method == "average" or slots.costs is None:
             report.difference = None
         self.axes.append(report)
 
@@ -311,7 +395,7 @@ class Sweep:
         reordered = self.analyses[task].axes.index(layer.rows, self._orders(task)) is not None
         if not self.executions[task].input_changed(layer):
             return reordered
-        if self.options.method != "refit" or layer.calls > 1:
+        if self.options.method != "refit" or layer.calls > 1 or layer.groups > 1:
             return True
         part = self._part(task, layer, columns, shared=False)
         part.columns = (Run((task,), sum(run.size for run in columns)),)

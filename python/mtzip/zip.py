@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activations import same_form
 from .deploy.example import remembered
 from .execute import Execution
 from .inputs import calibration_batches, device_of
 from .leaf import LEAVES
 from .orders import stored_orders
 from .permute import verify_axes
+from .plan import plan_axes
 from .report import Private, Report
 from .sensitivity import sensitivities
 from .share import ZippedNetwork, check_name
@@ -25,7 +27,7 @@ from .trace.correspond import AxisGroup, correspond
 from .trace.export import export
 
 METHODS = ("refit", "mtz", "average")
-MATCHINGS = ("optimal", "greedy")
+MATCHINGS = ("optimal", "greedy", "activation")
 
 
 def zip_networks(
@@ -57,7 +59,8 @@ def zip_networks(
         method: "refit" (merge and joint least squares onto the originals), "mtz" (Multi-Task Zipping as published:
             functional difference and closed-form merge; He, Zhou, Thiele, NeurIPS 2018), or "average" (Euclidean
             match, plain mean, BatchNorm re-estimated), a baseline.
-        matching: "optimal" assignment or "greedy".
+        matching: by functional difference, with "optimal" assignment or "greedy"; or "activation": by the correlation
+            of activations, each network run on the inputs of all tasks, which must have one form.
         affine: each task keeps a private scale and shift for every shared neuron that no BatchNorm follows.
         damping: ridge of the second moments, relative to their mean diagonal; None chooses 0.1 times columns over
             positions, at least 0.001.
@@ -81,6 +84,11 @@ def zip_networks(
     batches = {t: calibration_batches(t, inputs[t], samples, device_of(networks[t])) for t in tasks}
     analyses = [Analysis(export(t, networks[t], batches[t][0]), tuple(LEAVES)) for t in tasks]
     correspondence = correspond(analyses)
+    if matching == "activation" and not same_form(analyses):
+        raise ValueError(
+            "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
+            "use matching='optimal'"
+        )
     for task, analysis in enumerate(analyses):
         verify_axes(analysis, task, correspondence)
     seconds["trace"] = time.perf_counter() - clock
@@ -95,13 +103,14 @@ def zip_networks(
         reconstructions,
         progress,
     )
-    executions = [
-        Execution(analyses[t], zipped[t], _chunks(analyses[t], batches[name])) for t, name in enumerate(tasks)
-    ]
+    chunks = [_chunks(analyses[t], batches[name]) for t, name in enumerate(tasks)]
+    executions = [Execution(analyses[t], zipped[t], chunks[t]) for t in range(len(tasks))]
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
         if method == "refit" and affine:
             sweep.sensitivities = [sensitivities(execution.analysis, execution.batches) for execution in executions]
+        for axis, slots in plan_axes(analyses, correspondence, chunks, options.counts, method, matching, damping):
+            sweep.store(axis, slots)
         sweep.run()
     seconds["zip"] = time.perf_counter() - clock
     report = Report(tuple(tasks), method, sweep.axes, sweep.layers, seconds=seconds)

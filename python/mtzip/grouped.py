@@ -1,0 +1,141 @@
+"""Convolutions with groups, depthwise ones among them: every group has a small second moment of its own.
+
+Groups are shared as wholes, each row of a group reading the columns of its group only. So instead of one system there
+is one for every shared group, solved together as a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mtz_ext
+
+from .columns import Unknown
+from .install import Outputs
+from .merge import Part, Rows
+from .moments import Moment, Target, View, at_least_float32
+
+
+@dataclass
+class GroupedPart(Part):
+    """A :class:`~mtzip.merge.Part` whose weight is [r, d] with the d columns of each row's group.
+
+    ``moment.mean`` is [g, d], ``moment.covariance`` [g, d, d], ``target.cross`` [g, d, r / g], all in stored
+    order, as what the layer reads is.
+    """
+
+    @property
+    def rows_of_a_group(self) -> int:
+        return len(self.weight) // len(self.moment.mean)
+
+    def outputs(self, rows: Rows) -> Outputs:
+        """What solved rows put out, without their private scale."""
+        weight = self.by_group(rows.weight)
+        variance = ((weight @ self.moment.covariance) * weight).sum(2).flatten().clamp_min(0)
+        product = (weight * self.target.cross.mT).sum(2).flatten()
+        slope = product / torch.where(variance > 0, variance, torch.ones_like(variance))
+        return Outputs((weight @ self.moment.mean[:, :, None]).flatten(), variance, slope)
+
+    def by_group(self, rows: Tensor) -> Tensor:
+        """Rows [r, d] as [g, r / g, d]."""
+        return rows.view(len(self.moment.mean), -1, rows.shape[1])
+
+
+def grouped_moments(
+    view: View, groups: int, inputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> tuple[Moment, Target]:
+    """Moments of every group of a Conv1d or Conv2d: see :class:`GroupedPart` for the shapes."""
+    if len(view.kernel) == 1:  # as an image of one row
+        settings = {name: (neutral, *view.settings[name]) for name, neutral in _NEUTRAL.items()}
+        total = view.settings.get("total_padding")
+        settings |= {} if total is None else {"total_padding": [0, *total]}
+        inputs, targets = [x.unsqueeze(2) for x in inputs], [z.unsqueeze(2) for z in targets]
+        view = View("conv2d", (1, *view.kernel), settings)
+    inputs, targets = [at_least_float32(x) for x in inputs], [at_least_float32(z) for z in targets]
+    count = sum(view.positions(x) for x in inputs)
+    means, variances = zip(*(view.output_statistics(z) for z in targets), strict=True)
+    weights = [view.positions(x) / count for x in inputs]
+    target_mean = sum(w * m for w, m in zip(weights, means, strict=True))
+    variance = sum(w * (v + (m - target_mean).square()) for w, m, v in zip(weights, means, variances, strict=True))
+    mean = second = cross = 0
+    for x, z in zip(inputs, targets, strict=True):
+        x, padding = view.prepare(x)
+        arguments = (view.settings["stride"], padding, view.settings["dilation"], groups)
+        mean = mean + _column_sum(x, view.kernel, *arguments)
+        second = second + mtz_ext.conv2d_second_moment(x, view.kernel, *arguments).double()
+        shape = (z.shape[1], x.shape[1] // groups, *view.kernel)
+        cross = cross + torch.nn.grad.conv2d_weight(x, shape, z, *arguments).double()
+    mean, second = mean / count, second / count
+    covariance = second - mean[:, :, None] * mean[:, None]
+    cross = cross.flatten(1).view(groups, -1, mean.shape[1]).mT / count
+    cross = cross - mean[:, :, None] * target_mean.view(groups, 1, -1)
+    return Moment(count, mean, (covariance + covariance.mT) / 2), Target(target_mean, variance, cross)
+
+
+_NEUTRAL = {"stride": 1, "padding": 0, "dilation": 1}
+
+
+def _column_sum(x: Tensor, kernel, stride, padding, dilation, groups: int) -> Tensor:
+    """Sum over positions of the columns of every group, [g, d] float64."""
+    columns = F.unfold(x.sum(0, keepdim=True, dtype=torch.float64), kernel, dilation, padding, stride)
+    return columns.sum((0, 2)).view(groups, -1)
+
+
+def solve_grouped(
+    parts: Mapping[int, GroupedPart], rows: Mapping[int, Tensor], method: str
+) -> tuple[Unknown, Tensor, dict[int, Rows]]:
+    """Rows that the tasks of ``rows`` store together, whole groups of them: as :func:`mtzip.merge.solve_rows`.
+
+    Args:
+        parts: of all tasks, rows in stored order.
+        rows: task to the positions of these rows, all of the same length.
+        method: "average", "mtz" or "refit".
+    """
+    tasks = sorted(rows)
+    size = parts[tasks[0]].weight.shape[1]
+    total = right = 0
+    chosen, sides = {}, {}
+    for task in tasks:
+        part = parts[task]
+        each = part.rows_of_a_group
+        groups = rows[task][::each] // each
+        chosen[task] = groups
+        covariance = part.moment.covariance[groups]
+        energy = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+        damped = covariance + torch.diag_embed((part.damping * energy)[:, None].expand(-1, size))
+        weight = part.weight[rows[task]].view(len(groups), each, size).mT  # [s, d, r]
+        if method == "refit":
+            b = part.target.cross[groups] + part.damping * energy[:, None, None] * weight
+        else:
+            b = damped @ weight
+        sides[task] = damped * part.alpha, b * part.alpha
+        total, right = total + sides[task][0], right + sides[task][1]
+    if method == "average":
+        theta = sum(parts[t].weight[rows[t]].view(len(chosen[t]), -1, size).mT for t in tasks) / len(tasks)
+    else:
+        theta = torch.linalg.solve(total, right)
+    solved = {}
+    for task in tasks:
+        part = parts[task]
+        matrix, b = sides[task]
+        scale = torch.ones(theta.shape[0], theta.shape[2], dtype=theta.dtype, device=theta.device)
+        if method == "refit" and len(tasks) > 1 and part.scalable and part.layer.norm is None:
+            energy = (theta * (matrix @ theta)).sum(1)
+            scale = torch.where(energy > 0, (theta * b).sum(1) / torch.where(energy > 0, energy, 1), scale)
+        own = theta.mT.reshape(-1, size)
+        mean = (theta.mT @ part.moment.mean[chosen[task]][:, :, None]).flatten()
+        if part.constant == "none":
+            constant = torch.zeros_like(mean)
+        elif method == "refit":
+            constant = part.target.mean[rows[task]] - scale.flatten() * mean
+        else:
+            constant = part.bias[rows[task]]
+        solved[task] = Rows(own, scale.flatten(), constant)
+    every = torch.arange(size)
+    unknown = Unknown(size, dict.fromkeys(tasks, every), {tuple(tasks): slice(0, size)}, dict.fromkeys(tasks, every))
+    return unknown, theta.mT.reshape(-1, size).T, solved

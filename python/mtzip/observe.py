@@ -1,0 +1,128 @@
+"""Second moments of the original networks' layers, taken in one pass: what planning works on.
+
+They stay as they are while axes are matched and matched again: reordering an axis permutes the columns of a moment, so
+no further pass over the data is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .columns import dimension_runs
+from .execute import Execution
+from .layout import Run
+from .match import Slots
+from .merge import Part, settle
+from .moments import Moment, Target, View, collect, enough
+from .norms import folded_affine
+from .solve import automatic_damping
+from .trace.analysis import Analysis, Layer
+from .trace.correspond import Correspondence, LayerGroup
+
+#: Positions to a column and samples that are enough to plan with.
+PLAN_SAMPLES = (16, 128)
+
+
+def observe(execution: Execution, paths: Sequence[str]) -> dict[str, Moment]:
+    """Moments of what the named layers of an original network read, in graph order.
+
+    Args:
+        execution: a fresh one of the network; it is used up.
+        paths: of the layers.
+    """
+    moments = {}
+    wanted = set(paths)
+    for layer in execution.analysis.layers.values():
+        if not wanted:
+            break
+        execution.advance(layer.node, lambda *_: False)
+        if layer.path in wanted:
+            wanted.discard(layer.path)
+            view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+            inputs = execution.inputs(layer)
+            sizes = enough(view, inputs, *PLAN_SAMPLES)
+            moments[layer.path], _ = collect(view, [x[:size] for x, size in zip(inputs, sizes, strict=False)])
+        execution.finish(layer.node, False)
+    return moments
+
+
+@dataclass
+class Observed:
+    """The original networks as planning sees them: moments of every layer, and how the axes are stored so far.
+
+    Args:
+        analyses: of all tasks.
+        correspondence: of their layers.
+        moments: path of a layer to its moment, for every task.
+        damping: relative, None for the automatic one.
+        slots: id of an axis group to how its neurons are stored.
+    """
+
+    analyses: Sequence[Analysis]
+    correspondence: Correspondence
+    moments: Sequence[Mapping[str, Moment]]
+    damping: float | None = None
+    slots: dict[int, Slots] = field(default_factory=dict)
+
+    def parts(self, group: LayerGroup, rows_of: object = None) -> dict[int, Part]:
+        """The layers of a group with rows and columns in stored order.
+
+        Args:
+            group: layers that can be shared.
+            rows_of: an axis group whose rows stay in the networks' own order, to be matched.
+        """
+        members = [task for task, layer in group.layers.items() if layer.path in self.moments[task]]
+        layers = {task: group.layers[task] for task in members}
+        runs = self.runs({task: layer.columns for task, layer in layers.items()})
+        parts = {task: self._part(task, layer, runs[task], rows_of) for task, layer in layers.items()}
+        settle(parts, affine=True)
+        return parts
+
+    def runs(self, dims) -> dict[int, tuple[Run, ...]]:
+        """Runs of corresponding dimensions of several tasks."""
+        return dimension_runs(dims, self.analyses, self.slots, self.correspondence.axis_of)
+
+    def orders(self, task: int, without: object = None) -> dict[int, Tensor]:
+        """Atom to stored order of every axis of a task that is matched."""
+        return {
+            axis.atoms[task]: self.slots[id(axis)].order(task)
+            for axis in self.correspondence.axes
+            if task in axis.atoms and id(axis) in self.slots and axis is not without
+        }
+
+    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], rows_of: object) -> Part:
+        analysis = self.analyses[task]
+        view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+        moment = self.moments[task][layer.path]
+        weight = view.matrix(analysis.exported.tensor(layer.weight).detach().double())
+        bias = weight.new_zeros(len(weight))
+        if layer.bias is not None:
+            bias = analysis.exported.tensor(layer.bias).detach().double()
+        if layer.norm is not None:
+            scale, shift = folded_affine(analysis, layer.norm)
+            weight, bias = weight * scale[:, None], bias * scale + shift
+        order = analysis.axes.index(layer.columns, self.orders(task))
+        if order is not None:
+            inner = weight.shape[1] // len(order)
+            order = (order[:, None] * inner + torch.arange(inner)).flatten().to(weight.device)
+            moment, weight = moment.select(order), weight[:, order]
+        damping = self.damping or automatic_damping(len(moment.mean), moment.count)
+        part = Part(
+            task, layer, view, analysis, moment, own_target(moment, weight, bias), weight, bias, columns, damping
+        )
+        order = analysis.axes.index(layer.rows, self.orders(task, without=rows_of))
+        if order is not None:
+            part.reorder_rows(order)
+        return part
+
+
+def own_target(moment: Moment, weight: Tensor, bias: Tensor) -> Target:
+    """Moments of what a layer puts out itself: linear in its input, so no pass over the data is needed."""
+    mean, variance = weight @ moment.mean + bias, moment.variance(weight)
+    if moment.samples is not None:
+        return Target(mean, variance, samples=moment.samples @ weight.T)
+    return Target(mean, variance, cross=moment.times(weight))

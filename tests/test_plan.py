@@ -1,0 +1,112 @@
+"""Pairing axes that several layers write: planted permutations are found, descent only descends."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import IMAGE, CifarResNet, Residual, analysed, mlp, noise, seeded
+from torch import nn
+
+import mtzip
+from mtzip.activations import correlations, match_by_activations, same_form
+from mtzip.descend import Descent
+from mtzip.inputs import as_batch
+from mtzip.permute import permute_
+from mtzip.plan import observe_all, plan_axes
+from mtzip.trace.correspond import correspond
+
+
+def shuffled(network: nn.Module, x: torch.Tensor, seed: int = 3) -> nn.Module:
+    """The same function with every free axis in a random order."""
+    analysis = analysed(network, x)
+    generator = torch.Generator().manual_seed(seed)
+    free = [atom for atom in analysis.axes.roots() if analysis.axes[atom].pinned is None]
+    orders = {atom: torch.randperm(analysis.axes[atom].size, generator=generator) for atom in free}
+    copied = copy.deepcopy(network)
+    permute_(copied, analysis, orders)
+    return copied
+
+
+def settled(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    """BatchNorm statistics of real inputs, so that channels differ."""
+    network.train()
+    with torch.no_grad():
+        for _ in range(30):
+            network(x)
+    return network.eval()
+
+
+RESIDUAL = {
+    "residual": lambda: Residual(width=8, inner=6),
+    "padded shortcuts": lambda: CifarResNet(blocks=2, widths=(4, 8, 16)),
+}
+
+
+@pytest.mark.parametrize("matching", ["optimal", "greedy", "activation"])
+@pytest.mark.parametrize("make", RESIDUAL.values(), ids=RESIDUAL.keys())
+def test_a_shuffled_copy_zips_onto_the_original(make, matching):
+    shape = IMAGE if make is RESIDUAL["residual"] else (3, 16, 16)
+    x = noise(96, *shape)
+    network = settled(seeded(make), x)
+    other = shuffled(network, x)
+    zipped = mtzip.zip_networks({"a": network, "b": other}, {"a": x, "b": x}, matching=matching)
+    assert all(axis.shared == min(axis.neurons.values()) for axis in zipped.report.axes)
+    with torch.no_grad():
+        expected = network(x)
+        for task in "ab":
+            assert (zipped[task](x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def planned(make, shape, seeds=(0, 1)):
+    x = [noise(64, *shape, seed=seed) for seed in (5, 6)]
+    networks = [settled(seeded(make, seed), data) for seed, data in zip(seeds, x, strict=True)]
+    analyses = [analysed(network, data[:3]) for network, data in zip(networks, x, strict=True)]
+    return analyses, correspond(analyses), [[as_batch(data)] for data in x]
+
+
+def test_descent_lowers_the_total_and_stops_where_nothing_helps():
+    analyses, correspondence, batches = planned(RESIDUAL["padded shortcuts"], (3, 16, 16))
+    counts = {axis.name: min(axis.sizes.values()) for axis in correspondence.axes}
+    totals = []
+    for rounds in (0, 1, 8):
+        observed = observe_all(analyses, correspondence, batches, None)
+        descent = Descent(observed, correspondence.axes, counts, "optimal")
+        totals.append(descent.run(rounds))
+        for axis in correspondence.axes:
+            assert sorted(observed.slots[id(axis)].order(1).tolist()) == list(range(axis.sizes[1]))
+        assert totals[-1] == pytest.approx(sum(descent.cost(group) for group in descent.groups))
+    assert totals[0] > totals[1] >= totals[2] > 0
+
+
+def test_only_coupled_axes_are_planned_unless_by_activation():
+    analyses, correspondence, batches = planned(RESIDUAL["residual"], IMAGE)
+    counts = {axis.name: 3 for axis in correspondence.axes}
+    found = plan_axes(analyses, correspondence, batches, counts, "refit", "optimal")
+    assert [axis.name for axis, _ in found] == ["stem"]
+    assert found[0][1].shared == 3
+    every = plan_axes(analyses, correspondence, batches, counts, "refit", "activation")
+    assert [axis.name for axis, _ in every] == [axis.name for axis in correspondence.axes]
+
+
+def test_correlations_are_those_of_the_activations():
+    analyses, correspondence, batches = planned(lambda: mlp(hidden=(5, 4)), (6,))
+    (axis, _) = correspondence.axes
+    found = correlations(analyses, correspondence, batches, [axis])[id(axis)][0, 1]
+    x = torch.cat([batches[0][0].args[0], batches[1][0].args[0]])
+    with torch.no_grad():
+        first, second = (analysis.exported.network[:2](x).double() for analysis in analyses)
+    expected = torch.corrcoef(torch.cat([first, second], 1).T)[:5, 5:]
+    dead = ~expected.isfinite()
+    torch.testing.assert_close(found[~dead], expected[~dead], rtol=1e-4, atol=1e-5)
+    assert bool((found[dead] == 0).all())
+    slots = match_by_activations(axis, {(0, 1): found}, 5, "optimal")
+    assert slots.shared == 5
+
+
+def test_inputs_of_different_forms_cannot_be_matched_by_activation():
+    first, second = seeded(lambda: mlp(inputs=6)), seeded(lambda: mlp(inputs=7), 1)
+    assert not same_form([analysed(first, noise(3, 6)), analysed(second, noise(3, 7))])
+    with pytest.raises(ValueError, match="inputs of one shape"):
+        mtzip.zip_networks({"a": first, "b": second}, {"a": noise(9, 6), "b": noise(9, 7)}, matching="activation")
