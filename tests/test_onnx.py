@@ -13,6 +13,7 @@ from nets import Residual, mlp, noise, seeded
 from torch import nn
 
 import mtzip
+from mtzip.cli import main
 from mtzip.deploy import onnx_file
 from mtzip.errors import ZipError
 from mtzip.inputs import as_batch
@@ -273,3 +274,20 @@ def test_half_precision_and_other_opsets(tmp_path):
     assert {item.data_type for item in model.graph.initializer} <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
     got = run(tmp_path / "z.onnx", {"a": example["a"]}, ["a.output"])[0]
     np.testing.assert_allclose(got.float().numpy(), zipped["a"](example["a"]).detach().float().numpy(), atol=2e-2)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    zipped = with_examples(zipped_pair())
+    save(zipped, tmp_path / "z.safetensors")
+    networks = ["--network", "a=handmade:Small", "--network", "b=test_onnx:four_classes"]
+    command = ["export", str(tmp_path / "z.safetensors"), *networks, "--output", str(tmp_path / "z.onnx")]
+    assert main([*command, "--task", "b"]) == 0
+    assert f"wrote {tmp_path / 'z.onnx'}" in capsys.readouterr().out
+    assert_outputs(tmp_path / "z.onnx", zipped, {"b": images(4, 3)})
+    assert main([*command, "--task", "c"]) == 2
+    assert "--task must be one of a, b, got c" in capsys.readouterr().err
+
+
+def four_classes() -> nn.Module:
+    return small(4)

@@ -1,4 +1,4 @@
-"""The command ``mtzip``: ``demo``, ``zip`` and ``show``. What goes wrong is one line and exit code 2."""
+"""The command ``mtzip``: ``demo``, ``zip``, ``show`` and ``export``. What goes wrong is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -195,11 +195,59 @@ def zip_command(networks, weights, inputs, share, method, steps, batch, seed, ou
 
 @cli.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-def show(file: Path) -> None:
+@click.option(
+    "--html",
+    "page",
+    metavar="PAGE",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write a page for the browser there instead: one file, nothing else needed.",
+)
+def show(file: Path, page: Path | None) -> None:
     """Prints what is in a zipped network: its tasks, what they share, and sizes."""
-    from .show import describe
+    from .show import describe, describe_html
 
-    click.echo(describe(file))
+    if page is None:
+        click.echo(describe(file))
+        return
+    from .page import write_page
+
+    write_page(page, describe_html(file))
+    click.echo(f"wrote {page}: {page.stat().st_size:,} bytes; open it in a browser")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--network",
+    "networks",
+    type=Named(),
+    required=True,
+    multiple=True,
+    metavar="TASK=MODULE:CALLABLE",
+    help="The class or function that makes the task's network, as for `mtzip zip`. Give one for each task in the file.",
+)
+@click.option(
+    "--task", "tasks", metavar="TASK", multiple=True, help="Export this one alone; may be given several times."
+)
+@click.option("--same-input", is_flag=True, help="One input for all tasks; what they compute alike is computed once.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Where to write the graph, .onnx.",
+)
+def export(file: Path, networks, tasks, same_input, output: Path) -> None:
+    """Writes a zipped network as one ONNX graph, shared weights once."""
+    from . import export_onnx, load
+    from .files import make_network
+
+    made = {task: make_network(target).eval() for task, target in _by_task("--network", networks).items()}
+    zipped = load(file, made)
+    if unknown := [task for task in tasks if task not in zipped]:
+        raise click.UsageError(f"--task must be one of {', '.join(zipped.tasks)}, got {unknown[0]}")
+    export_onnx(zipped, output, tasks or None, same_input=same_input)
+    click.echo(f"wrote {output}: {output.stat().st_size:,} bytes")
 
 
 def _by_task(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -110,6 +110,21 @@ class Report:
 
         return plot(self, path)
 
+    def html(self, path, *, history=None, errors=None) -> None:
+        """Writes a page to open in a browser: everything this report has, in one file that needs no other.
+
+        Args:
+            path: the file, usually ``.html``.
+            history: what :func:`mtzip.retrain` returned, for its curves.
+            errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from .page import page, write_page
+
+        write_page(path, page(self, history=history, errors=errors))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as JSON has them: None stands for a number that is not finite."""
         return _plain(asdict(self))
