@@ -24,7 +24,9 @@ def optimizer_of(parameters: list[Tensor], steps: int, optimizer: Any, scheduler
         ValueError: one of other parameters; ``lr`` beside an optimiser that has its own.
     """
     if optimizer is None:
-        optimizer = torch.optim.Adam(parameters, LEARNING_RATE if lr is None else lr)
+        # Fused: one pass over the weights, a third of the time on a CPU, where the optimiser is half of a small step.
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+        optimizer = torch.optim.Adam(parameters, LEARNING_RATE if lr is None else lr, fused=fused)
         if scheduler is None:
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: gentle(step, steps))
     elif lr is not None:
