@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ZipError
 from ..inputs import Batch
-from .graphs import functionalise, inline
+from .graphs import inline
 from .select import Select, selected
+from .writes import functionalise
 
 
 @dataclass

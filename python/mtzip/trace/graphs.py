@@ -1,27 +1,8 @@
-"""Exported graphs made plain: no operator changes a value in place, none calls another graph."""
+"""Exported graphs made plain: none calls another graph. ``writes`` sees to operators that change values in place."""
 
 from __future__ import annotations
 
-import torch
 from torch import fx
-
-
-def functionalise(graph: fx.Graph) -> None:
-    """Replaces in-place operators (``relu_``) by their twins: running the graph changes no value it still needs."""
-    order = {node: at for at, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        name = node.target._schema.name.split("::")[-1]
-        twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-        twin = getattr(twin, node.target._overloadname, None)
-        if twin is None or not node.args:
-            continue
-        changed = node.args[0]
-        for user in list(changed.users):
-            if user is not node and order[user] > order[node]:
-                user.replace_input_with(changed, node)
-        node.target = twin
 
 
 def inline(module: fx.GraphModule) -> None:

@@ -26,7 +26,7 @@ def same_shape(analysis: Analysis, node: fx.Node) -> list[Dim]:
 @rule(
     "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"
 )
-@rule("empty", "new_empty", "scalar_tensor")
+@rule("empty", "new_empty", "scalar_tensor", "fill", "zero")
 def constant(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """The same value everywhere: any order of it is as good."""
     return [analysis.uniform(node, at) for at in range(len(analysis.shape(node)))]
@@ -50,6 +50,7 @@ def ordered(analysis: Analysis, node: fx.Node) -> list[Dim]:
     return [dims, dims] if name in ("cummax", "cummin") else dims
 
 
+@rule("where", "addcmul", "addcdiv", "lerp", "masked_fill", "clamp", "fmod", "remainder", "bitwise_and", "logical_and")
 def pointwise(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """Element-wise with broadcasting: dimensions that meet are one axis."""
     operands = [arg for arg in node.all_input_nodes if analysis.shape(arg) is not None]
@@ -74,6 +75,18 @@ def meet(analysis: Analysis, node: fx.Node, operands: list[tuple[list[int], list
                 joined = analysis.axes.unify(joined, dim, where(node))
         out.append(joined)
     return out
+
+
+@rule("copy")
+def copy(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """Takes the shape of its first tensor and the values of its second."""
+    shape, values = analysis.shape(node), node.args[1]
+    sizes = analysis.shape(values)
+    fresh = len(shape) - len(sizes)
+    return [
+        analysis.dims(values)[at - fresh] if at >= fresh and sizes[at - fresh] == size else analysis.uniform(node, at)
+        for at, size in enumerate(shape)
+    ]
 
 
 @rule("prelu", "_prelu_kernel")

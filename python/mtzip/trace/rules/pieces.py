@@ -53,6 +53,36 @@ def select(analysis: Analysis, node: fx.Node) -> list[Dim]:
     return dims[:at] + dims[at + 1 :]
 
 
+@rule("select_scatter", "slice_scatter")
+def scatter(analysis: Analysis, node: fx.Node) -> list[Dim]:
+    """A tensor with a piece of it replaced: what ``x[:, 2:5] = y`` leaves in x."""
+    whole, piece = list(analysis.dims(node.args[0])), list(analysis.dims(node.args[1]))
+    at = argument(node, 2, "dim", 0) % len(whole)
+    size = analysis.shape(node)[at]
+    if name_of(node) == "select_scatter":
+        start, length, step, inside = node.args[3], 1, 1, None
+        start = start + size if isinstance(start, int) and start < 0 else start
+    else:
+        start, step = argument(node, 3, "start") or 0, argument(node, 5, "step", 1)
+        length, inside = analysis.shape(node.args[1])[at], piece.pop(at)
+    own = whole.pop(at)
+    out = [analysis.join(first, second, node) for first, second in zip(whole, piece, strict=True)]
+    if own is not None and (isinstance(start, fx.Node) or (step != 1 and length < size)):
+        analysis.pin(own, node, "writes into some of it")
+        analysis.pin(inside, node, "is written into a part")
+        own = None
+    elif own is None:
+        analysis.pin(inside, node, "joins it with a tensor of unknown order")
+    elif length == size:
+        own = analysis.join(inside, own, node) if inside is not None else own
+    else:
+        start = min(max(0, start + size if start < 0 else start), size)
+        middle = _between(analysis, node, own, start, start + length)
+        if name_of(node) == "slice_scatter":
+            analysis.join(middle, inside, node)
+    return [*out[:at], own, *out[at:]]
+
+
 @rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split", "unbind")
 def split(analysis: Analysis, node: fx.Node) -> list[list[Dim]]:
     """Pieces one behind the other."""
