@@ -44,6 +44,8 @@ class Architecture:
             for parameter in network.parameters():
                 if parameter.dim() < 2:  # vectors start as constants, which any order leaves alone
                     parameter.data += 0.3 * torch.randn_like(parameter)
+                else:  # large enough that signals reach the outputs
+                    parameter.data.normal_(std=(2 * len(parameter) / max(parameter.numel(), 1)) ** 0.5)
         return network.eval()
 
 
@@ -199,7 +201,7 @@ CLASSES = [
     Architecture("Wide ResNet", lambda tiny: classes.WideResNet(1 if tiny else 4, 2 if tiny else 10), pictures(32, 16)),
     Architecture("DenseNet", lambda tiny: classes.DenseNet(4 if tiny else 12, 2 if tiny else 16), pictures(32, 16)),
     Architecture("U-Net", lambda tiny: classes.UNet(4 if tiny else 64), pictures(64, 16)),
-    Architecture("Inception", lambda tiny: classes.Inception(1 if tiny else 16), pictures(32, 16)),
+    Architecture("Inception", lambda tiny: classes.Inception(2 if tiny else 16), pictures(32, 16)),
     Architecture("ShuffleNetV2", lambda tiny: classes.ShuffleNetV2(8 if tiny else 116), pictures(32, 16)),
     Architecture(
         "SE-ResNeXt", lambda tiny: classes.SEResNeXt(16 if tiny else 256, 4 if tiny else 32), pictures(32, 16)
