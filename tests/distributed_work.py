@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent))
 
 from handmade import zipped_pair
+from nets import Functional, Residual, mlp, noise, seeded
 from retraining import labelled
 
+import mtzip
 from mtzip.retraining.retrain import retrain
 from mtzip.share import ZippedNetwork
 
@@ -82,6 +84,43 @@ def in_fsdp(rank: int, size: int) -> dict[str, torch.Tensor]:
     }
 
 
+#: Name to network of so many classes, shape of its inputs and number of samples a task; sample space and feature space.
+ZIPPED = {
+    "mlp": (lambda classes: mlp(6, (12, 9), classes), (6,), 600),
+    "few samples": (lambda classes: mlp(40, (50, 60), classes, norm=True), (40,), 48),
+    "convolutions": (lambda classes: Functional(classes=classes), (2, 8, 8), 400),
+    "residual": (lambda classes: Residual(classes=classes), (2, 8, 8), 200),
+}
+
+
+def zipped_together(name: str, rank: int, size: int, **arguments) -> dict[str, torch.Tensor]:
+    """What a zip of two networks puts out for some inputs, and its weights; each process with its part of the data."""
+    make, shape, count = ZIPPED[name]
+    # In float64, where sums in another order differ by 1e-16; float32 networks come within 2e-5.
+    networks = {task: seeded(lambda: make(3), seed).double() for seed, task in enumerate("ab")}
+    data = {task: noise(count, *shape, seed=seed, dtype=torch.float64) for seed, task in enumerate("ab", start=5)}
+    inputs = {task: x[rank::size] for task, x in data.items()}
+    zipped = mtzip.zip_networks(networks, inputs, **arguments)
+    with torch.no_grad():
+        outputs = {
+            f"outputs of {task}": zipped[task](noise(64, *shape, seed=9, dtype=torch.float64)) for task in zipped
+        }
+    errors = torch.tensor([list(layer.error.values()) for layer in zipped.report.layers if len(layer.error) == 2])
+    return outputs | dict(zipped.state_dict()) | {"errors": errors}
+
+
+def refused(rank: int, size: int) -> list[str]:
+    """Messages where the processes do not have the same networks, or arguments."""
+    messages = []
+    for seed, share in ((rank, 1.0), (0, 0.5 + 0.1 * rank)):
+        networks = {task: seeded(lambda: mlp(6, (8, 7), 3), seed + at) for at, task in enumerate("ab")}
+        try:
+            mtzip.zip_networks(networks, {task: noise(64, 6) for task in networks}, share=share)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 class Stopped(Exception):
     pass
 
@@ -116,6 +155,11 @@ def failed(rank: int, size: int) -> str:
 def everything(rank: int, size: int, folder: Path) -> dict[str, object]:
     """All that is compared with one process."""
     return {
+        **{f"zip {name}": zipped_together(name, rank, size) for name in ZIPPED},
+        "zip by activation": zipped_together("residual", rank, size, matching="activation", reconstructions=1),
+        "zip mtz": zipped_together("mlp", rank, size, method="mtz", share=0.5),
+        "zip alone": zipped_together("mlp", 0, 1, distributed=False),
+        "refused": refused(rank, size),
         "retrained": retrained(rank, size),
         "features": retrained(rank, size, distill="both"),
         "ddp": in_ddp(rank, size),

@@ -56,6 +56,32 @@ def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+ZIPS = {f"zip {name}": (name, {}) for name in work.ZIPPED} | {
+    "zip by activation": ("residual", {"matching": "activation", "reconstructions": 1}),
+    "zip mtz": ("mlp", {"method": "mtz", "share": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_zips_are_the_same_bits_and_those_of_one_process(found, name):
+    assert_same(found[0][name], found[1][name])
+    case, arguments = ZIPS[name]
+    assert_near(found[0][name], work.zipped_together(case, 0, 1, **arguments))
+
+
+def test_a_part_of_the_data_alone_gives_another_zip():
+    """What the test above would see if nothing was summed up."""
+    half, whole = work.zipped_together("mlp", 0, 2), work.zipped_together("mlp", 0, 1)
+    assert (half["outputs of a"] - whole["outputs of a"]).abs().max() > 0.01
+
+
+def test_processes_with_different_networks_or_arguments_are_refused(found):
+    for rank in range(2):
+        weights, arguments = found[rank]["refused"]
+        assert "got different weights; load the same weights everywhere" in weights
+        assert "got different arguments" in arguments
+
+
 @pytest.mark.parametrize("name", ["retrained", "features", "ddp", "ddp static", "fsdp", "resumed"])
 def test_every_process_has_the_same_bits(found, name):
     assert_same(found[0][name], found[1][name])
@@ -83,6 +109,7 @@ def test_both_go_on_from_one_checkpoint(found):
 def test_one_process_may_work_by_itself(found):
     for rank in range(2):
         assert_same(found[rank]["alone"], work.retrained(0, 1))
+        assert_same(found[rank]["zip alone"], work.zipped_together("mlp", 0, 1))
 
 
 def test_a_number_that_is_none_stops_all(found):

@@ -15,6 +15,7 @@ from torch import Tensor
 import mtz_ext
 
 from .columns import axis_rows
+from .distributed import total
 from .execute import Execution
 from .inputs import Batch
 from .match import Slots, slots_of
@@ -112,14 +113,15 @@ def _neuron_correlation(first: tuple[list[Tensor], Tensor], second: tuple[list[T
 def _correlation(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Correlation of the columns of two lists of chunks [positions, columns]."""
     first, second = _standardised(first), _standardised(second)
-    return sum((x.T @ y).double() for x, y in zip(first, second, strict=True))
+    return total(sum((x.T @ y).double() for x, y in zip(first, second, strict=True)))
 
 
 def _standardised(chunks: Sequence[Tensor]) -> list[Tensor]:
     """Columns with mean zero and unit length over all chunks; a column that never varies becomes zero."""
     chunks = [at_least_float32(x) for x in chunks]
-    mean = sum(x.sum(0, dtype=torch.float64) for x in chunks) / sum(len(x) for x in chunks)
+    count = total(sum(len(x) for x in chunks))
+    mean = total(sum(x.sum(0, dtype=torch.float64) for x in chunks)) / count
     chunks = [x - mean.to(x.dtype) for x in chunks]
-    length = sum(x.square().sum(0, dtype=torch.float64) for x in chunks).sqrt()
+    length = total(sum(x.square().sum(0, dtype=torch.float64) for x in chunks)).sqrt()
     scale = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
     return [x * scale.to(x.dtype) for x in chunks]

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import mtz_ext
 
+from .distributed import gathered_rows, own_share, total
+
 
 @dataclass
 class Moment:
@@ -259,7 +261,7 @@ def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) 
     than columns, and are where the time goes.
     """
     wanted = -(-per_column * view.columns(inputs[0]) // max(view.positions(inputs[0][:1]), 1))
-    left = max(samples, wanted)
+    left = own_share(max(samples, wanted))
     sizes = []
     for x in inputs:
         sizes.append(min(len(x), left))
@@ -283,10 +285,10 @@ def collect(
     """
     inputs = [at_least_float32(x) for x in inputs]
     targets = None if targets is None else [at_least_float32(z) for z in targets]
-    count = sum(view.positions(x) for x in inputs)
-    mean = sum(view.column_sum(x).double() for x in inputs) / count
+    count = total(sum(view.positions(x) for x in inputs))
+    mean = total(sum(view.column_sum(x).double() for x in inputs)) / count
     if count < view.columns(inputs[0]):
-        samples = torch.cat([view.unfold(x).double() for x in inputs]).sub_(mean).div_(count**0.5)
+        samples = gathered_rows(torch.cat([view.unfold(x).double() for x in inputs])).sub_(mean).div_(count**0.5)
         moment = Moment(count, mean, samples=samples)
     else:
         moment = Moment(count, mean, covariance=_covariance(view, inputs, mean, count))
@@ -294,25 +296,25 @@ def collect(
         return moment, None
     means, variances = zip(*(view.output_statistics(z) for z in targets), strict=True)
     weights = [view.positions(x) / count for x in inputs]
-    target_mean = sum(weight * m for weight, m in zip(weights, means, strict=True))
-    variance = sum(
-        weight * (v + (m - target_mean).square()) for weight, m, v in zip(weights, means, variances, strict=True)
+    target_mean = total(sum(weight * m for weight, m in zip(weights, means, strict=True)))
+    variance = total(
+        sum(weight * (v + (m - target_mean).square()) for weight, m, v in zip(weights, means, variances, strict=True))
     )
     if moment.samples is not None:
-        samples = torch.cat([view.rows(z).double() for z in targets]).sub_(target_mean).div_(count**0.5)
+        samples = gathered_rows(torch.cat([view.rows(z).double() for z in targets])).sub_(target_mean).div_(count**0.5)
         return moment, Target(target_mean, variance, samples=samples)
-    cross = sum(view.cross_moment(x, z).double() for x, z in zip(inputs, targets, strict=True)) / count
+    cross = total(sum(view.cross_moment(x, z).double() for x, z in zip(inputs, targets, strict=True))) / count
     return moment, Target(target_mean, variance, cross=cross.sub_(torch.outer(mean, target_mean)))
 
 
 def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> Tensor:
     if view.is_linear:  # centring first keeps the digits
-        total = sum(view.second_moment(x - mean.to(x.dtype)).double() for x in inputs)
-        rest = sum(view.column_sum(x - mean.to(x.dtype)).double() for x in inputs) / count
-        covariance = total.div_(count).sub_(torch.outer(rest, rest))
+        product = total(sum(view.second_moment(x - mean.to(x.dtype)).double() for x in inputs))
+        rest = total(sum(view.column_sum(x - mean.to(x.dtype)).double() for x in inputs)) / count
+        covariance = product.div_(count).sub_(torch.outer(rest, rest))
     else:
-        total = sum(view.second_moment(x).double() for x in inputs)
-        covariance = total.div_(count).sub_(torch.outer(mean, mean))
+        product = total(sum(view.second_moment(x).double() for x in inputs))
+        covariance = product.div_(count).sub_(torch.outer(mean, mean))
     return (covariance + covariance.T).div_(2)
 
 

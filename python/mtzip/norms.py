@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import total
 from .moments import at_least_float32
 from .trace.analysis import Analysis, Norm
 
@@ -56,13 +57,13 @@ def channel_statistics(inputs: list[Tensor], targets: list[Tensor] | None = None
     def rows(x: Tensor) -> Tensor:
         return at_least_float32(x).movedim(1, -1).reshape(-1, x.shape[1])
 
-    count = sum(x.numel() // x.shape[1] for x in inputs)
-    mean = sum(rows(x).sum(0, dtype=torch.float64) for x in inputs) / count
+    count = total(sum(x.numel() // x.shape[1] for x in inputs))
+    mean = total(sum(rows(x).sum(0, dtype=torch.float64) for x in inputs)) / count
     centred = [(x := rows(chunk)) - mean.to(x.dtype) for chunk in inputs]
-    variance = sum(x.square().sum(0, dtype=torch.float64) for x in centred) / count
+    variance = total(sum(x.square().sum(0, dtype=torch.float64) for x in centred)) / count
     if targets is None:
         return mean, variance, None, None
-    target = sum(rows(z).sum(0, dtype=torch.float64) for z in targets) / count
-    cross = sum((x * rows(z)).sum(0, dtype=torch.float64) for x, z in zip(centred, targets, strict=True)) / count
+    target = total(sum(rows(z).sum(0, dtype=torch.float64) for z in targets)) / count
+    cross = total(sum((x * rows(z)).sum(0, dtype=torch.float64) for x, z in zip(centred, targets, strict=True))) / count
     slope = cross / torch.where(variance > 0, variance, torch.ones_like(variance))
     return mean, variance, slope, target

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from .activations import correlations, match_by_activations, same_form
 from .descend import Descent
+from .distributed import own_share
 from .execute import Execution
 from .inputs import Batch
 from .match import Slots
@@ -60,7 +61,7 @@ def plan_axes(
 
 def pairings_by_activation(analyses, correspondence, batches, axes, counts, matching: str) -> dict[int, Slots]:
     """id of an axis group to its pairing by correlation of activations, where there is one."""
-    few = [_head(chunks, ACTIVATION_SAMPLES) for chunks in batches]
+    few = [_head(chunks, own_share(ACTIVATION_SAMPLES)) for chunks in batches]
     found = correlations(analyses, correspondence, few, axes)
     slots = {id(a): match_by_activations(a, found[id(a)], counts[a.name], matching) for a in axes}
     return {key: value for key, value in slots.items() if value is not None}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from .distributed import total
 from .moments import Moment, Target, View, at_least_float32
 from .trace import rules
 from .trace.analysis import Analysis
@@ -105,7 +106,8 @@ def correction(
         cross = cross + view.cross_moment(x, change).double()
         mean = mean + view.rows(change).sum(0, dtype=torch.float64)
         square = square + view.rows(t.square() - z.square()).sum(0, dtype=torch.float64)
-    return cross / count, mean / count, square / count
+    count = total(count)
+    return total(cross) / count, total(mean) / count, total(square) / count
 
 
 def corrected(target: Target, moment: Moment, cross: Tensor, mean: Tensor, square: Tensor) -> Target:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from .distributed import gathered_rows, total
 from .execute import Execution
 from .moments import Moment, Target, View, at_least_float32
 from .reconstruct import corrected
@@ -65,16 +66,19 @@ def offset_target(
     outputs, offsets = ([at_least_float32(x) for x in chunks] for chunks in (outputs, offsets))
     moved = [z + offset for z, offset in zip(outputs, offsets, strict=True)]
     count = moment.count
-    mean = sum(view.rows(offset).sum(0, dtype=torch.float64) for offset in offsets) / count
+    mean = total(sum(view.rows(offset).sum(0, dtype=torch.float64) for offset in offsets)) / count
     if t.samples is not None:
-        extra = torch.cat([view.rows(offset).double() for offset in offsets]).sub_(mean).div_(count**0.5)
+        rows = gathered_rows(torch.cat([view.rows(offset).double() for offset in offsets]))
+        extra = rows.sub_(mean).div_(count**0.5)
         samples = t.samples + extra
         return Target(t.mean + mean, samples.square().sum(0), samples=samples)
-    cross = sum(
-        view.cross_moment(at_least_float32(x), offset).double() for x, offset in zip(inputs, offsets, strict=True)
+    cross = total(
+        sum(view.cross_moment(at_least_float32(x), offset).double() for x, offset in zip(inputs, offsets, strict=True))
     )
-    square = sum(
-        (view.rows(new).double().square() - view.rows(old).double().square()).sum(0)
-        for new, old in zip(moved, outputs, strict=True)
+    square = total(
+        sum(
+            (view.rows(new).double().square() - view.rows(old).double().square()).sum(0)
+            for new, old in zip(moved, outputs, strict=True)
+        )
     )
     return corrected(t, moment, cross / count, mean, square / count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .distributed import first_samples
 from .inputs import Batch
 from .moments import at_least_float32
 from .trace.analysis import Analysis
@@ -43,7 +44,7 @@ def sensitivities(
     totals: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
     taken = 0
-    for batch in batches:
+    for batch in first_samples(batches, samples):
         batch = batch.narrow(0, min(batch.size, samples - taken))
         for path, gradient in _gradients(analysis, batch, generator, probes, outputs):
             axis = -1 if analysis.layers[path].kind == "linear" else 1

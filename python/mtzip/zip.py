@@ -12,6 +12,7 @@ from torch import nn
 
 from .activations import same_form
 from .deploy.example import remembered
+from .distributed import Ranks, agree_, check_same, together
 from .execute import Execution
 from .inputs import calibration_batches, device_of
 from .leaf import LEAVES
@@ -41,6 +42,7 @@ def zip_networks(
     damping: float | None = None,
     reconstructions: int = 0,
     samples: int | None = None,
+    distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
     """Zips pretrained networks into one that stores shared weights once.
@@ -68,6 +70,9 @@ def zip_networks(
             each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
             Convolutions with many positions a sample take their moments from the first few hundred of them.
+        distributed: None works together with the processes of torch.distributed's default group, if there is one: call
+            it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
+            DistributedSampler gives). All come to the same network, bit for bit. False works alone.
         progress: show a progress bar.
 
     Returns:
@@ -76,8 +81,11 @@ def zip_networks(
     Raises:
         TypeError, ValueError: an argument is not as described.
         ZipError: a network cannot be traced.
+        RuntimeError: another process of the group is gone.
     """
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
+    ranks = Ranks(distributed)
+    check_same(ranks, networks, repr((list(networks), share, method, matching, affine, damping, reconstructions)))
     clock = time.perf_counter()
     seconds: dict[str, float] = {}
     tasks = list(networks)
@@ -101,17 +109,18 @@ def zip_networks(
         affine and method == "refit",
         damping,
         reconstructions,
-        progress,
+        progress and ranks.rank == 0,
     )
     chunks = [_chunks(analyses[t], batches[name]) for t, name in enumerate(tasks)]
     executions = [Execution(analyses[t], zipped[t], chunks[t]) for t in range(len(tasks))]
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
-        if method == "refit" and affine:
-            sweep.sensitivities = [sensitivities(execution.analysis, execution.batches) for execution in executions]
-        for axis, slots in plan_axes(analyses, correspondence, chunks, options.counts, method, matching, damping):
-            sweep.store(axis, slots)
-        sweep.run()
+        with together(ranks):
+            if method == "refit" and affine:
+                sweep.sensitivities = [sensitivities(execution.analysis, execution.batches) for execution in executions]
+            for axis, slots in plan_axes(analyses, correspondence, chunks, options.counts, method, matching, damping):
+                sweep.store(axis, slots)
+            sweep.run()
     seconds["zip"] = time.perf_counter() - clock
     report = Report(tuple(tasks), method, sweep.axes, sweep.layers, seconds=seconds)
     report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
@@ -119,6 +128,8 @@ def zip_networks(
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.orders = stored_orders(sweep)
+    orders = {task: {path: o.tolist() for path, o in paths.items()} for task, paths in result.orders.items()}
+    agree_(ranks, result, repr((result.layouts(), orders)))
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
     for analysis in analyses:
