@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from handmade import images, zipped_pair
@@ -95,6 +97,56 @@ def test_outputs_with_logits():
         teachers = {t: Wrapped(pair.originals[t], form) for t in pair}
         data = {t: [{"pixels": x, "labels": y}] for t, (x, y) in labelled(8).items()}
         assert len(retrain(zipped, data, 1, teachers=teachers)) == 1
+
+
+class Counted(nn.Module):
+    """A teacher that counts the samples it is asked about."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.samples = network, 0
+
+    def forward(self, x):
+        self.samples += len(x)
+        return self.network(x)
+
+
+def test_a_teacher_sees_a_data_set_once_where_every_sample_is_needed():
+    ends = []
+    for form in (lambda x: x, lambda x: DataLoader(TensorDataset(x), 8, shuffle=True)):
+        zipped = zipped_pair()
+        teachers = {task: Counted(zipped.originals[task]) for task in zipped}
+        history = retrain(
+            zipped, {task: form(x) for task, x in inputs(20).items()}, 50, teachers=teachers, batch_size=8
+        )
+        ends.append((teachers["a"].samples, history[-1].losses["a"] / history[0].losses["a"]))
+    assert ends[0][0] == 20 + 8  # all, and the first batch for the variance
+    assert ends[1][0] > 300
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=0.3)
+
+
+def test_what_the_teacher_said_of_a_sample_stays_with_it():
+    """The same loss as where the teacher is asked at every step."""
+    losses = []
+    for known in (True, False):
+        zipped = zipped_pair()
+        teacher = zipped.originals["a"]
+        teachers = {"a": teacher if known else (lambda x, teacher=teacher: teacher(x)), "b": zipped.originals["b"]}
+        losses.append(retrain(zipped, labelled(20), 12, teachers=teachers, batch_size=8).losses("a"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_teacher_is_not_asked_about_samples_that_are_not_needed():
+    zipped = zipped_pair()
+    teachers = {task: Counted(zipped.originals[task]) for task in zipped}
+    retrain(zipped, inputs(64), 3, teachers=teachers, batch_size=8)
+    assert teachers["a"].samples == 3 * 8 + 8
+    large = {
+        task: Counted(nn.Sequential(zipped.originals[task], nn.Linear(3 + at, 40))) for at, task in enumerate("ab")
+    }
+    wide = ZippedNetwork({task: copy.deepcopy(large[task]) for task in large}, None)
+    retrain(wide, inputs(16), 4, teachers=large, batch_size=8)
+    assert large["a"].samples == 8 + 8 + 4 * 8  # outputs larger than the inputs are not kept
 
 
 def test_teachers_elsewhere_are_copied_to_the_networks_type():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def loader_of(task: str, data: Any, batch_size: int) -> Iterable[Any]:
     )
 
 
+@dataclass
+class Indexed(Batch):
+    """Samples of a data set held in tensors, and which they are, [n]."""
+
+    index: Tensor | None = None
+
+
 class ShuffledBatches:
     """Batches of a data set held in tensors, in a new order at every iteration, drawn from torch's global generator.
 
@@ -71,7 +79,7 @@ class ShuffledBatches:
             return leaf[chosen] if batched else leaf
 
         parts = (self.data.args, self.data.kwargs, self.data.targets)
-        return Batch(*(pytree.tree_map(index, part) for part in parts))
+        return Indexed(*(pytree.tree_map(index, part) for part in parts), index=chosen)
 
 
 class Cycle:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..inputs import Batch
 from ..share import ZippedNetwork
@@ -33,6 +34,7 @@ class Objective:
         distillation: "mse" or "kl", of the outputs.
         temperature: of "kl".
         spreads: the teacher's variance of each distilled value, once :meth:`measure` has seen the first batches.
+        table: the teacher's outputs for every sample of the data set, once :meth:`tabulate` has made them.
     """
 
     task: str
@@ -43,9 +45,15 @@ class Objective:
     distillation: str = "mse"
     temperature: float = 2.0
     spreads: dict[str, float] = field(default_factory=dict)
+    table: Tensor | None = None
 
-    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, network: nn.Module, batch: Batch, index: Tensor | None = None) -> Tensor:
         """The task's loss on one batch, a scalar.
+
+        Args:
+            network: the task's, of the zipped network.
+            batch: on its device.
+            index: which samples of the data set they are, None where that is not known.
 
         Raises:
             ValueError: nothing to minimise; shapes that do not go together; a loss that is no scalar.
@@ -55,7 +63,8 @@ class Objective:
             raw = network(*batch.args, **batch.kwargs)
         terms = []
         if self.teacher is not None:
-            wanted = self.wanted(network, batch)
+            known = self.table is not None and index is not None
+            wanted = {OUTPUTS: [self.table[index.to(self.table.device)]]} if known else self.wanted(network, batch)
             if self.outputs:
                 output, teacher = output_tensor(raw, self.task), wanted.pop(OUTPUTS)[0]
                 arguments = (self.distillation, self.temperature, self.spreads.get(OUTPUTS, 1.0), self.task)
@@ -77,6 +86,33 @@ class Objective:
             raw = self.teacher(*batch.args, **batch.kwargs)
         found = in_stored_order(values, self.orders, linear_paths(network, self.orders))
         return found | ({OUTPUTS: [output_tensor(raw, self.task)]} if self.outputs else {})
+
+    def tabulate(self, network: nn.Module, data: Batch, size: int) -> None:
+        """Makes the teacher's outputs for a whole data set, so that it need not be run at every step.
+
+        Only where they take no more memory than the inputs, and where the teacher is a module: in evaluation mode it
+        says the same of a sample each time.
+
+        Args:
+            network: the task's.
+            data: all samples.
+            size: of the batches to run.
+        """
+        if self.orders or not self.outputs or not isinstance(self.teacher, nn.Module):
+            return
+        norms = [module for module in self.teacher.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if any(norm.running_mean is None for norm in norms):  # what it says of a sample depends on the others
+            return
+        device = next(network.parameters()).device
+        inputs = sum(leaf.nbytes for leaf in pytree.tree_leaves((data.args, data.kwargs)) if isinstance(leaf, Tensor))
+        parts: list[Tensor] = []
+        for start in range(0, data.size, size):
+            batch = data.narrow(start, min(size, data.size - start)).to(device)
+            (output,) = self.wanted(network, batch)[OUTPUTS]
+            if len(output) != batch.size or output.nbytes * data.size > inputs * batch.size:
+                return
+            parts.append(output)
+        self.table = torch.cat(parts)
 
     def measure(self, network: nn.Module, batches: list[Batch]) -> dict[str, Spread]:
         """Spread of every distilled value over some batches; its value belongs into ``spreads``."""

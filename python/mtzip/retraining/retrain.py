@@ -175,6 +175,7 @@ def _run(call: Mapping[str, Any], ranks: Ranks) -> Run:
         call["batchnorm"],
         call["dropout"],
         call["accumulate"],
+        steps,
         call["autocast"],
         ranks,
     )

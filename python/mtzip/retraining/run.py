@@ -19,7 +19,7 @@ from ..share import ZippedNetwork
 from .balance import Balanced, Fixed
 from .guard import Snapshot, all_finite
 from .history import History, Step, Validation
-from .loaders import Cycle
+from .loaders import Cycle, ShuffledBatches
 from .objective import Objective
 from .optimizers import schedule
 from .validation import Best
@@ -39,6 +39,7 @@ class Run:
         batchnorm: "frozen" or "train".
         dropout: None switches it on for tasks without a teacher.
         accumulate: batches of every task a step.
+        steps: to be taken.
         autocast: type of mixed precision, None without.
         ranks: processes that average their gradients.
     """
@@ -53,6 +54,7 @@ class Run:
     batchnorm: str
     dropout: bool | None
     accumulate: int
+    steps: int
     autocast: torch.dtype | None
     ranks: Ranks
 
@@ -112,7 +114,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             with self._precision():
-                loss = self.objectives[task](self.zipped[task], batch.to(self.device))
+                loss = self.objectives[task](self.zipped[task], batch.to(self.device), getattr(batch, "index", None))
             if loss.requires_grad:  # not where all that is left to train belongs to other tasks
                 (loss * (weight / len(batches))).backward()
             total += loss.detach() / len(batches)
@@ -123,6 +125,10 @@ class Run:
         self._set_modes()
         self._ready = True
         for task, objective in self.objectives.items():
+            loader = self.batches[task].loader
+            if isinstance(loader, ShuffledBatches) and self.steps * self.accumulate * loader.batch_size >= loader.size:
+                with self._precision():  # every sample is needed once at least
+                    objective.tabulate(self.zipped[task], loader.data, loader.batch_size)
             if objective.teacher is None or objective.spreads:
                 continue
             with self._precision():
