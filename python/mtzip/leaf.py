@@ -134,7 +134,11 @@ class SharedWeight(SharedLayer):
             return output
         # Scaling the output keeps the shared weight as it is; scaling the weight would copy it at every call.
         scale = scale.to(output.dtype)  # autocast: stay in its type
-        return output * scale if bias is None else torch.addcmul(bias.to(output.dtype), output, scale)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            output = output * scale
+            return output if bias is None else output + bias.to(output.dtype)
+        output.mul_(scale)  # in place: on a CPU a pass over new memory takes several times as long
+        return output if bias is None else output.add_(bias.to(output.dtype))
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, bias and the scale of the output, None where the weight has it already."""

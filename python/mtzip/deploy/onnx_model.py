@@ -102,12 +102,32 @@ def _name(graph: ir.Graph, calls: Calls, same_input: bool) -> None:
             value.shape = ir.Shape([symbols.get(str(x), x) if not isinstance(x, int) else x for x in value.shape])
 
 
+#: Attributes that say what ONNX assumes without them.
+_ASSUMED = {
+    ("Conv", "auto_pad"): "NOTSET",
+    ("Conv", "group"): 1,
+    ("Gemm", "alpha"): 1.0,
+    ("Gemm", "beta"): 1.0,
+    ("Gemm", "transA"): 0,
+    ("BatchNormalization", "training_mode"): 0,
+    ("MaxPool", "auto_pad"): "NOTSET",
+    ("MaxPool", "ceil_mode"): 0,
+    ("MaxPool", "storage_order"): 0,
+}
+
+
 def _shorten(model: ir.Model) -> None:
-    """Drops what every reader can work out again: types, shapes and long names of values in between."""
+    """Drops what every reader can work out again: types, shapes and long names of values in between, defaults."""
     model.producer_name, model.producer_version, model.graph.name = "mtzip", None, "mtzip"
     ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for value in model.graph.initializers.values():
+        value.type = value.shape = None  # the tensor has them
     for number, node in enumerate(model.graph):
         node.name = None
+        for key, attribute in list(node.attributes.items()):
+            ones = node.op_type == "Conv" and key in ("dilations", "strides") and set(attribute.value) == {1}
+            if ones or _ASSUMED.get((node.op_type, key)) == attribute.value:
+                del node.attributes[key]
         for place, value in enumerate(node.outputs):
             if id(value) not in ends:
                 value.type = value.shape = None
