@@ -93,6 +93,8 @@ def test_what_cannot_be_reordered_says_why():
     assert not axes.is_free((Segment(crossed),))
     with pytest.raises(ValueError, match="5 elements of its atom, got 4"):
         axes.refine(axes.new(5)[0].atom, axes.new(4))
+    with pytest.raises(ValueError, match=r"multiply to 6, got \[4, 2\]"):
+        axes.grid(axes.new(6), (4, 2), 0, "view")
 
 
 def test_an_axis_joined_with_itself_turned_around_keeps_what_both_orders_allow():

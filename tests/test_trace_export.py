@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from nets import IMAGE, Functional, analysed, axes_of, corresponding, free_axes, mlp, noise, seeded
+from nets import IMAGE, Functional, analysed, axes_of, corresponding, free_axes, mlp, noise, reordering_error, seeded
 from torch import nn
 
 from mtzip import ZipError
@@ -138,3 +138,21 @@ def test_an_output_that_cannot_be_selected_is_refused():
         export("t", seeded(Answering), as_batch(noise(4, 6)), "scores")
     with pytest.raises(ZipError, match="must put out tensors, got tuple"):
         export("t", seeded(lambda: Answering(lambda logits, hidden: (object(),))), as_batch(noise(4, 6)))
+
+
+def test_sizes_that_depend_on_values():
+    """Features of the last marked position, as sequence classifiers take it: a boolean index, then a view."""
+
+    class Marked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body, self.head = nn.Embedding(9, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, ids):
+            x = self.body(self.embed(ids)).relu()
+            return self.head(x[ids.eq(2), :].view(x.size(0), -1, 6)[:, -1])
+
+    ids = torch.cat([torch.randint(3, 9, (4, 5)), torch.full((4, 1), 2)], 1)
+    analysis = analysed(seeded(Marked), ids)
+    assert list(free_axes(analysis).values()) == [["body"]]
+    assert reordering_error(analysis, as_batch(ids[:3])) < 1e-9

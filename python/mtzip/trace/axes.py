@@ -289,7 +289,12 @@ class Axes:
         """Dimensions of the given sizes that ``dim`` is split into, ``position`` being the one that keeps an order.
 
         So ``dim`` is refined to what repeats alike in the dimensions before it and holds the ones behind it together.
+
+        Raises:
+            ValueError: ``sizes`` do not multiply to the size of ``dim``.
         """
+        if math.prod(sizes) != self.size(dim):
+            raise ValueError(f"sizes must multiply to {self.size(dim)}, got {list(sizes)}")
         before, behind = math.prod(sizes[:position]), math.prod(sizes[position + 1 :])
         piece, rest = self.cut(dim, self.size(dim) // before, where)
         while rest:

@@ -62,7 +62,12 @@ def view_of(node: fx.Node) -> View | None:
 def _same_memory(node: fx.Node, base: fx.Node) -> bool:
     """True if an operator that copies only where it must gave back its input."""
     a, b = node.meta["val"], base.meta["val"]
-    return isinstance(b, Tensor) and (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
+    if not isinstance(b, Tensor) or (a.dtype, a.device) != (b.dtype, b.device):
+        return False
+    steps = [*a.stride(), *b.stride()]
+    if any(isinstance(step, torch.SymInt) and step.node.hint is None for step in steps):
+        return False  # sizes that depend on values: their strides cannot be compared
+    return a.stride() == b.stride()
 
 
 def _piece(node: fx.Node) -> View | None:

@@ -45,7 +45,9 @@ def select(analysis: Analysis, node: fx.Node) -> list[Dim]:
     """One element of a dimension, which can then not change places with the others."""
     dims = list(analysis.dims(node.args[0]))
     at, index = node.args[1] % len(dims), node.args[2]
-    if isinstance(index, int) and dims[at] is not None:
+    if not node.users:
+        pass  # of no consequence
+    elif isinstance(index, int) and dims[at] is not None:
         index %= analysis.shape(node.args[0])[at]
         _between(analysis, node, dims[at], index, index + 1)
     else:

@@ -24,6 +24,14 @@ def reshape(analysis: Analysis, node: fx.Node) -> list[Dim]:
     out: list[Dim] = [None] * len(after)
     if 0 in before:
         return out
+    if math.prod(before) != math.prod(after):  # a size that depends on values: only what stays at the end is known
+        at = 1
+        while at <= min(len(before), len(after)) and before[-at] == after[-at]:
+            out[-at] = dims[-at]
+            at += 1
+        for dim in dims[: len(dims) - at + 1]:
+            analysis.pin(dim, node, "reshapes it to sizes that depend on values")
+        return out
     for ins, outs in _groups(before, after):
         wide_in = [at for at in ins if before[at] != 1] or ins[:1]
         wide_out = [at for at in outs if after[at] != 1] or outs[:1]
