@@ -1,7 +1,8 @@
 """Matching by activations: neurons that do the same on the same inputs, whatever layers write them.
 
 Where the tasks' inputs have one form, every original network is run on the calibration inputs of all tasks, and neurons
-are paired by the correlation of what the readers of their axis see. Correlations at all readers count alike.
+are paired by the correlation of what the readers of their axis see and of what its writers put out (which tells neurons
+apart that no reader ever sees active). All of them count alike.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .distributed import total
 from .execute import Execution
 from .inputs import Batch
 from .match import Slots, slots_of
-from .moments import at_least_float32
+from .moments import CONSTANT, at_least_float32
 from .trace.analysis import Analysis, Layer
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 
@@ -59,14 +60,16 @@ def correlations(
     for group in correspondence.layers:
         for task, layer in group.layers.items():
             executions[task].advance(layer.node, lambda *_: False)
-        values = {task: _channels(executions[task].inputs(layer), layer) for task, layer in group.layers.items()}
+        read = {task: _channels(executions[task].inputs(layer), layer) for task, layer in group.layers.items()}
+        written = {task: _outputs(executions[task], layer) for task, layer in group.layers.items()}
         for axis in axes:
-            places = _places(analyses, group, axis)
-            for first, second in combinations(sorted(places), 2):
-                if places[first].shape[1] == places[second].shape[1]:
-                    found = _neuron_correlation(*((values[t], places[t]) for t in (first, second)))
-                    known = sums[id(axis)].get((first, second), 0)
-                    sums[id(axis)][first, second] = known + found
+            for values, side in ((read, "columns"), (written, "rows")):
+                places = _places(analyses, group, axis, side)
+                for first, second in combinations(sorted(places), 2):
+                    if places[first].shape[1] == places[second].shape[1]:
+                        found = _neuron_correlation(*((values[t], places[t]) for t in (first, second)))
+                        known = sums[id(axis)].get((first, second), 0)
+                        sums[id(axis)][first, second] = known + found
         for task, layer in group.layers.items():
             executions[task].finish(layer.node, False)
     return sums
@@ -85,14 +88,23 @@ def match_by_activations(axis: AxisGroup, found: Correlations, count: int, match
     return slots_of(table, tasks, [axis.sizes[task] for task in tasks])
 
 
-def _places(analyses: Sequence[Analysis], group: LayerGroup, axis: AxisGroup) -> dict[int, Tensor]:
-    """Task to the channels [n, m] of each neuron of the axis in what a layer reads."""
+def _places(analyses: Sequence[Analysis], group: LayerGroup, axis: AxisGroup, side: str) -> dict[int, Tensor]:
+    """Task to the channels [n, m] of each neuron of the axis in what a layer reads ("columns") or writes ("rows")."""
     found = {}
     for task, layer in group.layers.items():
-        dim = analyses[task].axes.resolve(layer.columns) or ()
+        dim = analyses[task].axes.resolve(getattr(layer, side)) or ()
         if any(segment.atom == axis.atoms.get(task) for segment in dim):
-            found[task] = axis_rows(analyses[task], layer.columns, axis.atoms[task])
+            found[task] = axis_rows(analyses[task], dim, axis.atoms[task])
     return found
+
+
+def _outputs(execution: Execution, layer: Layer) -> list[Tensor]:
+    """What a layer puts out, with the sign that the BatchNorm behind it gives it."""
+    chunks = _channels(execution.original[layer.node.name], layer)
+    if layer.norm is None or layer.norm.weight is None:
+        return chunks
+    sign = execution.analysis.exported.tensor(layer.norm.weight).sign()
+    return [x * sign.to(x.dtype) for x in chunks]
 
 
 def _channels(chunks: Sequence[Tensor], layer: Layer) -> list[Tensor]:
@@ -123,5 +135,6 @@ def _standardised(chunks: Sequence[Tensor]) -> list[Tensor]:
     mean = total(sum(x.sum(0, dtype=torch.float64) for x in chunks)) / count
     chunks = [x - mean.to(x.dtype) for x in chunks]
     length = total(sum(x.square().sum(0, dtype=torch.float64) for x in chunks)).sqrt()
-    scale = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
+    alive = length.square() > CONSTANT * mean.square() * sum(len(x) for x in chunks)
+    scale = torch.where(alive, 1 / torch.where(alive, length, 1), 0)
     return [x * scale.to(x.dtype) for x in chunks]

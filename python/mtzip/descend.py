@@ -125,9 +125,12 @@ class Descent:
             inner = part.inner
             columns = (columns[:, :, None] * inner + torch.arange(inner)).flatten(1)
             weight = part.weight[rows[task]]
-            sides.append((weight[:, columns].permute(2, 1, 0), part.alpha * part.moment.diagonal()[columns].T))
+            sides.append(
+                (weight[:, columns].permute(2, 1, 0), part.alpha * part.moment.diagonal().clamp_min(0)[columns].T)
+            )
         (first, q_first), (second, q_second) = sides  # [u, n, r] and [u, n]
-        parallel = q_first[:, :, None] * q_second[:, None] / (q_first[:, :, None] + q_second[:, None]).clamp_min(1e-300)
+        total = q_first[:, :, None] + q_second[:, None]
+        parallel = q_first[:, :, None] * q_second[:, None] / torch.where(total > 0, total, 1)
         distance = first.square().sum(2)[:, :, None] + second.square().sum(2)[:, None] - 2 * first @ second.mT
         return (parallel * distance).sum(0) / 2
 

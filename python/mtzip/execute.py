@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .inputs import Batch
 from .leaf import SharedLayer
+from .permute import permute_
 from .trace.analysis import Analysis, Layer
 
 Chunks = list[Any]
@@ -33,6 +34,7 @@ class Execution:
         self.original: dict[str, Chunks] = {}
         self.zipped: dict[str, Chunks] = {}
         self._changed: set[str] = set()
+        self._reordered: set[str] = set()
         self._nodes = [node for node in analysis.exported.graph.nodes if node.op == "call_function"]
         self._next = 0
         self._layers = {layer.node.name: layer for layer in analysis.layers.values()}
@@ -78,7 +80,7 @@ class Execution:
 
     def finish(self, node: fx.Node, changed: bool) -> None:
         """Computes the zipped value of the node that is next, and lets go of what nobody reads any more."""
-        if changed or any(arg.name in self._changed for arg in node.all_input_nodes):
+        if changed or any(arg.name in self._changed for arg in node.all_input_nodes) or self._reads_reordered(node):
             self._changed.add(node.name)
             self.zipped[node.name] = self._evaluate(node, self.zipped, self.network)
         else:
@@ -88,6 +90,18 @@ class Execution:
             if self._last_use.get(arg.name, node.name) == node.name:
                 self.original.pop(arg.name, None)
                 self.zipped.pop(arg.name, None)
+
+    def reorder(self, orders: dict[int, Tensor]) -> None:
+        """Reorders axes of the zipped network: atom to order [n]."""
+        axes = self.analysis.axes
+        permute_(self.network, self.analysis, orders)
+        for path, dims in self.analysis.uses.items():
+            if any(axes.index(dim, orders) is not None for dim in dims.values()):
+                self._reordered.add(path)
+
+    def _reads_reordered(self, node: fx.Node) -> bool:
+        tensors = self.analysis.exported.tensors
+        return any(tensors.get(arg.name) in self._reordered for arg in node.all_input_nodes)
 
     def call(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """What ``layer`` would put out for ``x`` with weight [r, d] and bias [r]."""

@@ -36,10 +36,9 @@ class GroupedPart(Part):
     def outputs(self, rows: Rows) -> Outputs:
         """What solved rows put out, without their private scale."""
         weight = self.by_group(rows.weight)
-        variance = ((weight @ self.moment.covariance) * weight).sum(2).flatten().clamp_min(0)
+        variance = ((weight @ self.moment.covariance) * weight).sum(2).flatten()
         product = (weight * self.target.cross.mT).sum(2).flatten()
-        slope = product / torch.where(variance > 0, variance, torch.ones_like(variance))
-        return Outputs((weight @ self.moment.mean[:, :, None]).flatten(), variance, slope)
+        return Outputs.from_moments((weight @ self.moment.mean[:, :, None]).flatten(), variance, product)
 
     def by_group(self, rows: Tensor) -> Tensor:
         """Rows [r, d] as [g, r / g, d]."""
@@ -86,6 +85,19 @@ def _column_sum(x: Tensor, kernel, stride, padding, dilation, groups: int) -> Te
     return columns.sum((0, 2)).view(groups, -1)
 
 
+def kernel_difference(first: Tensor, second: Tensor) -> Tensor:
+    """What pairing groups costs whose inputs nothing is known of, [n, m], in units of the rows' output variance.
+
+    With inputs alike and uncorrelated and a private scale for every row, it is (1 - |cos|) / 2 of the two rows.
+
+    Args:
+        first: weights of the groups of one task, [n, r, d].
+        second: of the other, [m, r, d].
+    """
+    first, second = (F.normalize(weight.double(), dim=2) for weight in (first, second))
+    return (1 - torch.einsum("nrd,mrd->nmr", first, second).abs()).sum(2) / 2
+
+
 def solve_grouped(
     parts: Mapping[int, GroupedPart], rows: Mapping[int, Tensor], method: str
 ) -> tuple[Unknown, Tensor, dict[int, Rows]]:
@@ -106,7 +118,9 @@ def solve_grouped(
         groups = rows[task][::each] // each
         chosen[task] = groups
         covariance = part.moment.covariance[groups]
-        energy = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+        energy = covariance.diagonal(dim1=1, dim2=2).mean(1)
+        constant = part.moment.mean[groups].square().mean(1)  # where nothing varies, weights stay as they are
+        energy = torch.where(energy > 1e-12 * constant, energy, (1e3 * constant).clamp_min(1.0))
         damped = covariance + torch.diag_embed((part.damping * energy)[:, None].expand(-1, size))
         weight = part.weight[rows[task]].view(len(groups), each, size).mT  # [s, d, r]
         if method == "refit":

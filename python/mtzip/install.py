@@ -12,7 +12,7 @@ from .columns import Unknown
 from .layout import Layout, Run, pieces, totals
 from .leaf import leaf_class, replace_module
 from .merge import Part, Rows, positions
-from .moments import cross_moment
+from .moments import CONSTANT, cross_moment
 from .norms import refit_norm_, set_statistics_
 
 
@@ -113,8 +113,14 @@ class Outputs:
         every = torch.arange(len(rows.weight), device=rows.weight.device)
         variance = part.moment.variance(rows.weight)
         product = (rows.weight * cross_moment(part.moment, part.target, every).T).sum(1)
-        slope = product / torch.where(variance > 0, variance, torch.ones_like(variance))
-        return cls(rows.weight @ part.moment.mean, variance, slope)
+        return cls.from_moments(rows.weight @ part.moment.mean, variance, product)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, variance: Tensor, product: Tensor) -> Outputs:
+        """From mean and variance of the rows and their covariance with the target; rounding is no variance."""
+        alive = variance > CONSTANT * mean.square()
+        variance = torch.where(alive, variance, 0)
+        return cls(mean, variance, torch.where(alive, product / torch.where(alive, variance, 1), 0))
 
 
 def effective_affine(part: Part, rows: Rows, outputs: Outputs) -> tuple[Tensor, Tensor]:

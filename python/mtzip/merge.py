@@ -85,7 +85,8 @@ class Part:
             return 1.0
         variances = (self.plain_target or self.target).variance
         variance = float((variances if self.weighting is None else variances * self.weighting.square()).mean())
-        return 1.0 / variance if variance > 0 else 1.0
+        size = float(self.target.mean.square().mean())
+        return 1.0 / variance if variance > 1e-20 * size + 1e-60 else 1.0  # rounding of a constant is no variance
 
     @property
     def place(self) -> tuple[str, tuple[str, str]]:
@@ -327,14 +328,15 @@ def _row_distances(
         right = [side.apply(w.T.contiguous()) for side, w in zip(system.sides, weights, strict=True)]
         ratios: Sequence[float] = ()
     else:
-        right = [
-            parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=True)
-            for side, task in zip(system.sides, tasks, strict=True)
-        ]
         scalable = all(part.scalable for part in parts.values())
         folded = all(part.fold is not None for part in parts.values())  # of one scale already
         many = len(tasks) == 2 and not folded
         ratios = () if not (scalable and scaled) else match.RATIOS if many else match.FEW_RATIOS
+        # Weights of rows are scales too: where scales are not searched for they would tell equal rows apart.
+        right = [
+            parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=bool(ratios))
+            for side, task in zip(system.sides, tasks, strict=True)
+        ]
     if len(tasks) == 2:
         return match.scale_free_difference(system, right, ratios)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)

@@ -318,6 +318,10 @@ def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> T
     return (covariance + covariance.T).div_(2)
 
 
+#: Variance over squared mean below which a value is constant: what rounding leaves.
+CONSTANT = 1e-10
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision as float32, the rest as it is."""
     """``x``, half precision as float32: what products and sums are taken in."""

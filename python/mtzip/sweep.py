@@ -18,14 +18,13 @@ from tqdm import tqdm
 from . import install, merge
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
-from .grouped import GroupedPart, grouped_moments, solve_grouped
+from .grouped import GroupedPart, grouped_moments, kernel_difference, solve_grouped
 from .layout import Run
 from .leaf import LEAVES
 from .match import Slots
 from .merge import Part
 from .moments import Target, View, collect, enough
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
-from .permute import permute_
 from .reconstruct import corrected, correction, following
 from .report import AxisReport, LayerReport
 from .residual import offset_target, skip_of
@@ -372,17 +371,31 @@ class Sweep:
         count, parts = self.options.counts[axis.name], {task: systems.parts[task] for task in tasks}
         neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
         matching = "greedy" if self.options.matching == "greedy" else "optimal"
-        slots = merge.match_axis([(systems, neurons)], count, self.options.method, matching)
+        extra = self._kernel_costs(axis, tasks) if self.options.method != "average" and len(tasks) == 2 else []
+        slots = merge.match_axis([(systems, neurons)], count, self.options.method, matching, extra)
         self.store(axis, slots)
         for task, part in parts.items():
             orders = {axis.atoms[task]: slots.order(task)}
             part.reorder_rows(part.analysis.axes.index(part.layer.rows, orders))
 
+    def _kernel_costs(self, axis: AxisGroup, tasks: Sequence[int]) -> list[torch.Tensor]:
+        """What the convolutions with groups on an axis add to the costs [n, m] of pairing its neurons."""
+        costs = []
+        for group in axis.writers:
+            layers = [group.layers.get(task) for task in tasks]
+            if all(layer is not None and layer.groups > 1 and not layer.transposed for layer in layers):
+                weights = []
+                for task, layer in zip(tasks, layers, strict=True):
+                    rows = axis_rows(self.analyses[task], layer.rows, axis.atoms[task])
+                    weights.append(self.analyses[task].exported.tensor(layer.weight).flatten(1)[rows])
+                costs.append(kernel_difference(*weights))
+        return costs
+
     def store(self, axis: AxisGroup, slots: Slots) -> None:
         """Takes over how an axis is stored: brings the networks into that order and reports it."""
         self.slots[id(axis)] = slots
         for task, atom in axis.atoms.items():
-            permute_(self.networks[task], self.analyses[task], {atom: slots.order(task)})
+            self.executions[task].reorder({atom: slots.order(task)})
         energy = slots.energy * slots.shared / min(axis.sizes.values())
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
         report.difference = slots.difference / energy if energy else 0.0
