@@ -281,11 +281,13 @@ def collect(
 
     Returns:
         The input's moment, and the target's if there are targets. All float64; the products over a chunk are taken in
-        the input's precision (float32 for half precision), the sum over chunks in float64.
+        the input's precision (float32 for half precision, float64 where they are few), the sum over chunks in float64.
     """
     inputs = [at_least_float32(x) for x in inputs]
-    targets = None if targets is None else [at_least_float32(z) for z in targets]
     count = total(sum(view.positions(x) for x in inputs))
+    if count * view.columns(inputs[0]) ** 2 <= SMALL:
+        inputs = [x.double() for x in inputs]
+    targets = None if targets is None else [at_least_float32(z).to(inputs[0].dtype) for z in targets]
     mean = total(sum(view.column_sum(x).double() for x in inputs)) / count
     if count < view.columns(inputs[0]):
         samples = gathered_rows(torch.cat([view.unfold(x).double() for x in inputs])).sub_(mean).div_(count**0.5)
@@ -317,6 +319,9 @@ def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> T
         covariance = product.div_(count).sub_(torch.outer(mean, mean))
     return (covariance + covariance.T).div_(2)
 
+
+#: Multiplications up to which products are taken in float64: they cost a few milliseconds at most.
+SMALL = 1e8
 
 #: Variance over squared mean below which a value is constant: what rounding leaves.
 CONSTANT = 1e-10
