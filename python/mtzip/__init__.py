@@ -5,12 +5,27 @@ mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
 mtzip.save(zipped, "zipped.safetensors")
 """
 
+from .budget import Budget, Plan
 from .deploy.onnx import export_onnx
 from .errors import ZipError
 from .report import Report
 from .retraining.retrain import retrain
 from .save import load, save
 from .share import ZippedNetwork
-from .zip import zip_networks
+from .tradeoff import tradeoff
+from .zip import plan, zip_networks
 
-__all__ = ["Report", "ZipError", "ZippedNetwork", "export_onnx", "load", "retrain", "save", "zip_networks"]
+__all__ = [
+    "Budget",
+    "Plan",
+    "Report",
+    "ZipError",
+    "ZippedNetwork",
+    "export_onnx",
+    "load",
+    "plan",
+    "retrain",
+    "save",
+    "tradeoff",
+    "zip_networks",
+]

@@ -62,6 +62,10 @@ class Descent:
         found = {id(group): group for axis in self.axes for group in self._writers[id(axis)]}
         return list(found.values())
 
+    def priced(self, axis: AxisGroup) -> Slots:
+        """An axis matched once more, with what each of its pairs costs at the present pairings of the others."""
+        return self._matched(axis, readers=False)
+
     def _readers_of(self, axis: AxisGroup) -> list[LayerGroup]:
         found = []
         for group in self.observed.correspondence.layers:

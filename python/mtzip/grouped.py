@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import mtz_ext
 
 from .columns import Unknown
+from .distributed import total
 from .install import Outputs
 from .merge import Part, Rows
 from .moments import Moment, Target, View, at_least_float32
@@ -51,16 +52,18 @@ def grouped_moments(
     """Moments of every group of a Conv1d or Conv2d: see :class:`GroupedPart` for the shapes."""
     if len(view.kernel) == 1:  # as an image of one row
         settings = {name: (neutral, *view.settings[name]) for name, neutral in _NEUTRAL.items()}
-        total = view.settings.get("total_padding")
-        settings |= {} if total is None else {"total_padding": [0, *total]}
+        padded = view.settings.get("total_padding")
+        settings |= {} if padded is None else {"total_padding": [0, *padded]}
         inputs, targets = [x.unsqueeze(2) for x in inputs], [z.unsqueeze(2) for z in targets]
         view = View("conv2d", (1, *view.kernel), settings)
     inputs, targets = [at_least_float32(x) for x in inputs], [at_least_float32(z) for z in targets]
-    count = sum(view.positions(x) for x in inputs)
+    count = total(sum(view.positions(x) for x in inputs))
     means, variances = zip(*(view.output_statistics(z) for z in targets), strict=True)
     weights = [view.positions(x) / count for x in inputs]
-    target_mean = sum(w * m for w, m in zip(weights, means, strict=True))
-    variance = sum(w * (v + (m - target_mean).square()) for w, m, v in zip(weights, means, variances, strict=True))
+    target_mean = total(sum(w * m for w, m in zip(weights, means, strict=True)))
+    variance = total(
+        sum(w * (v + (m - target_mean).square()) for w, m, v in zip(weights, means, variances, strict=True))
+    )
     mean = second = cross = 0
     for x, z in zip(inputs, targets, strict=True):
         x, padding = view.prepare(x)
@@ -69,7 +72,7 @@ def grouped_moments(
         second = second + mtz_ext.conv2d_second_moment(x, view.kernel, *arguments).double()
         shape = (z.shape[1], x.shape[1] // groups, *view.kernel)
         cross = cross + torch.nn.grad.conv2d_weight(x, shape, z, *arguments).double()
-    mean, second = mean / count, second / count
+    mean, second, cross = total(mean) / count, total(second) / count, total(cross)
     covariance = second - mean[:, :, None] * mean[:, None]
     cross = cross.flatten(1).view(groups, -1, mean.shape[1]).mT / count
     cross = cross - mean[:, :, None] * target_mean.view(groups, 1, -1)
@@ -110,7 +113,7 @@ def solve_grouped(
     """
     tasks = sorted(rows)
     size = parts[tasks[0]].weight.shape[1]
-    total = right = 0
+    system = right = 0
     chosen, sides = {}, {}
     for task in tasks:
         part = parts[task]
@@ -128,11 +131,11 @@ def solve_grouped(
         else:
             b = damped @ weight
         sides[task] = damped * part.alpha, b * part.alpha
-        total, right = total + sides[task][0], right + sides[task][1]
+        system, right = system + sides[task][0], right + sides[task][1]
     if method == "average":
         theta = sum(parts[t].weight[rows[t]].view(len(chosen[t]), -1, size).mT for t in tasks) / len(tasks)
     else:
-        theta = torch.linalg.solve(total, right)
+        theta = torch.linalg.solve(system, right)
     solved = {}
     for task in tasks:
         part = parts[task]

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from .activations import correlations, match_by_activations, same_form
+from .budget import Plan, PlannedAxis
 from .descend import Descent
 from .distributed import own_share
 from .execute import Execution
 from .inputs import Batch
 from .match import Slots
+from .moments import View
 from .observe import Observed, observe
+from .prepare import Prepared
+from .sensitivity import sensitivities
+from .stored import Arithmetic
 from .trace.analysis import Analysis
 from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 
@@ -57,6 +64,47 @@ def plan_axes(
         observed.slots = pairings_by_activation(analyses, correspondence, batches, axes, counts, matching)
     Descent(observed, axes, counts, matching).run(ROUNDS)
     return [(axis, observed.slots[id(axis)]) for axis in coupled]
+
+
+def make_plan(prepared: Prepared, affine: bool, matching: str, damping: float | None) -> Plan:
+    """What sharing each neuron of every axis is predicted to cost, everything shared.
+
+    Args:
+        prepared: the networks.
+        affine: whether tasks keep a private scale and shift.
+        matching: "optimal", "greedy" or "activation".
+        damping: relative, None for the automatic one.
+    """
+    analyses, correspondence = prepared.analyses, prepared.correspondence
+    axes = correspondence.axes
+    full = {axis.name: min(axis.sizes.values()) for axis in axes}
+    observed = observe_all(analyses, correspondence, prepared.chunks, damping)
+    assignment = "greedy" if matching == "greedy" else "optimal"
+    if same_form(analyses):
+        observed.slots = pairings_by_activation(analyses, correspondence, prepared.chunks, axes, full, assignment)
+    descent = Descent(observed, axes, full, assignment)
+    descent.run(1)
+    sensitive = [sensitivities(analysis, chunks) for analysis, chunks in zip(analyses, prepared.chunks, strict=True)]
+    planned = []
+    for axis in axes:
+        slots = descent.priced(axis)
+        weight = sum(_importance(observed, group, sensitive) for group in axis.writers)
+        costs = slots.costs.clamp_min(0).sort().values * (weight / slots.energy if slots.energy else 0.0)
+        neurons = {prepared.tasks[task]: size for task, size in axis.sizes.items()}
+        planned.append(PlannedAxis(axis.name, neurons, costs.tolist()))
+    return Plan(planned, full, Arithmetic(analyses, correspondence, affine))
+
+
+def _importance(observed: Observed, group: LayerGroup, sensitive: Sequence[Mapping[str, Tensor]]) -> float:
+    """Relative output error if a group's layers put out their means only: mean of the tasks."""
+    found = []
+    for task, layer in group.layers.items():
+        moment, weights = observed.moments[task].get(layer.path), sensitive[task].get(layer.path)
+        if moment is not None and weights is not None:
+            view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+            matrix = view.matrix(observed.analyses[task].exported.tensor(layer.weight).detach().double())
+            found.append(float((weights.to(matrix.device) * moment.variance(matrix)).sum()))
+    return sum(found) / len(found) if found else 0.0
 
 
 def pairings_by_activation(analyses, correspondence, batches, axes, counts, matching: str) -> dict[int, Slots]:

@@ -73,6 +73,8 @@ class Report:
         parameters_before: of all networks together.
         parameters_after: stored in the zipped network, shared ones once.
         seconds: stage to time it took.
+        planned: where a budget or plan was given, its predicted "parameters" and "error".
+        output_error: where it was measured, task to relative output error on calibration inputs.
     """
 
     tasks: tuple[str, ...]
@@ -83,6 +85,8 @@ class Report:
     parameters_before: int = 0
     parameters_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    planned: dict[str, float] = field(default_factory=dict)
+    output_error: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -179,5 +183,7 @@ _REPORT = schema.fields(
         "parameters_before": schema.count,
         "parameters_after": schema.count,
         "seconds": _NUMBERS,
+        "planned": _NUMBERS,
+        "output_error": _NUMBERS,
     }
 )

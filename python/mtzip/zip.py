@@ -1,9 +1,7 @@
-"""``zip_networks``: checks, tracing, the sweep, and the zipped network."""
+"""``zip_networks`` and ``plan``: checks, tracing, and what the caller gets."""
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,21 +9,13 @@ import torch
 from torch import nn
 
 from .activations import same_form
-from .deploy.example import remembered
+from .budget import Budget, Plan
 from .distributed import Ranks, agree_, check_same, together
-from .execute import Execution
-from .inputs import calibration_batches, device_of
-from .leaf import LEAVES
-from .orders import stored_orders
-from .permute import verify_axes
-from .plan import plan_axes
-from .report import Private, Report
-from .sensitivity import sensitivities
+from .plan import make_plan
+from .prepare import prepare
 from .share import ZippedNetwork, check_name
-from .sweep import Options, Sweep
-from .trace.analysis import Analysis
-from .trace.correspond import AxisGroup, correspond
-from .trace.export import export
+from .sweep import Options
+from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 
 METHODS = ("refit", "mtz", "average")
 MATCHINGS = ("optimal", "greedy", "activation")
@@ -34,7 +24,7 @@ MATCHINGS = ("optimal", "greedy", "activation")
 def zip_networks(
     networks: Mapping[str, nn.Module],
     inputs: Mapping[str, Any],
-    share: float | Mapping[str, float | int] = 1.0,
+    share: float | Mapping[str, float | int] | Budget | Plan = 1.0,
     method: str = "refit",
     *,
     matching: str = "optimal",
@@ -57,7 +47,8 @@ def zip_networks(
             DataLoader giving inputs or (inputs, targets). A few hundred to a few thousand samples.
         share: fraction of every axis to share, of the smaller width; or a mapping from axis name (path of its first
             layer in the first network, as in the report) to a fraction (float) or a count (int), axes not named staying
-            private. ``share=0`` gives the originals, bit for bit.
+            private. ``share=0`` gives the originals, bit for bit. ``Budget(parameters=0.6)`` or ``Budget(error=0.02)``
+            chooses the counts; a :class:`Plan` made by :func:`plan` has them.
         method: "refit" (merge and joint least squares onto the originals), "mtz" (Multi-Task Zipping as published:
             functional difference and closed-form merge; He, Zhou, Thiele, NeurIPS 2018), or "average" (Euclidean
             match, plain mean, BatchNorm re-estimated), a baseline.
@@ -86,89 +77,57 @@ def zip_networks(
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
     ranks = Ranks(distributed)
     check_same(ranks, networks, repr((list(networks), share, method, matching, affine, damping, reconstructions)))
-    clock = time.perf_counter()
-    seconds: dict[str, float] = {}
-    tasks = list(networks)
-    batches = {t: calibration_batches(t, inputs[t], samples, device_of(networks[t])) for t in tasks}
-    analyses = [Analysis(export(t, networks[t], batches[t][0]), tuple(LEAVES)) for t in tasks]
-    correspondence = correspond(analyses)
-    if matching == "activation" and not same_form(analyses):
+    prepared = prepare(networks, inputs, samples)
+    if matching == "activation" and not same_form(prepared.analyses):
         raise ValueError(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
             "use matching='optimal'"
         )
-    for task, analysis in enumerate(analyses):
-        verify_axes(analysis, task, correspondence)
-    seconds["trace"] = time.perf_counter() - clock
-    clock = time.perf_counter()
-    zipped = [copy.deepcopy(network) for network in networks.values()]
     options = Options(
-        method,
-        _counts(share, correspondence.axes),
-        matching,
-        affine and method == "refit",
-        damping,
-        reconstructions,
-        progress and ranks.rank == 0,
+        method, {}, matching, affine and method == "refit", damping, reconstructions, progress and ranks.rank == 0
     )
-    chunks = [_chunks(analyses[t], batches[name]) for t, name in enumerate(tasks)]
-    executions = [Execution(analyses[t], zipped[t], chunks[t]) for t in range(len(tasks))]
-    sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
-    if any(options.counts.values()):
-        with together(ranks):
-            if method == "refit" and affine:
-                sweep.sensitivities = [sensitivities(execution.analysis, execution.batches) for execution in executions]
-            for axis, slots in plan_axes(analyses, correspondence, chunks, options.counts, method, matching, damping):
-                sweep.store(axis, slots)
-            sweep.run()
-    seconds["zip"] = time.perf_counter() - clock
-    report = Report(tuple(tasks), method, sweep.axes, sweep.layers, seconds=seconds)
-    report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
-    report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
-    originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
-    result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
-    result.orders = stored_orders(sweep)
+    with together(ranks):
+        if isinstance(share, Budget):
+            result = within(share, prepared, networks, options)
+        else:
+            counts = share.counts if isinstance(share, Plan) else share
+            options.counts = counts_of(counts, prepared.correspondence.axes)
+            result = zip_prepared(prepared, networks, options)
+            if isinstance(share, Plan):
+                note_plan(result, share)
     orders = {task: {path: o.tolist() for path, o in paths.items()} for task, paths in result.orders.items()}
     agree_(ranks, result, repr((result.layouts(), orders)))
-    result.training = any(network.training for network in networks.values())
-    report.parameters_after = result.parameter_count()
-    for analysis in analyses:
-        exported = analysis.exported
-        result.example_inputs[exported.task] = remembered(exported.example, exported.fixed_batch)
     return result
 
 
-def _chunks(analysis: Analysis, batches):
-    """Calibration chunks; of the traced size where the graph insists on one."""
-    fixed = analysis.exported.fixed_batch
-    if fixed is None:
-        return batches
-    pieces = [batch.narrow(at, fixed) for batch in batches for at in range(0, batch.size - fixed + 1, fixed)]
-    if not pieces:
-        raise ValueError(
-            f"task {analysis.exported.task!r} only runs on batches of {fixed} samples, as its forward fixes the batch "
-            "size, and no calibration batch is that long; write x.size(0) or -1 instead of a number"
-        )
-    return pieces
+def plan(
+    networks: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    share: float | Mapping[str, float | int] | Budget = 1.0,
+    *,
+    matching: str = "optimal",
+    affine: bool = True,
+    damping: float | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """What :func:`zip_networks` would share, and what each axis is predicted to cost, without merging anything.
 
+    Args:
+        networks, inputs, matching, affine, damping, samples: as in :func:`zip_networks`.
+        share: as there; of a ``Budget(error=...)`` the predicted error is taken, which adds up the errors of single
+            layers and is rough: zipping to that budget measures.
 
-def _counts(share: float | Mapping[str, float | int], axes: list[AxisGroup]) -> dict[str, int]:
-    """Number of neurons to share on every axis."""
-    counts = {}
-    if isinstance(share, Mapping):
-        known = [axis.name for axis in axes]
-        unknown = [name for name in share if name not in known]
-        if unknown:
-            raise ValueError(f"share must name axes among {known}, got {unknown[0]!r}")
-    for axis in axes:
-        wanted = share.get(axis.name, 0) if isinstance(share, Mapping) else share
-        width = min(axis.sizes.values())
-        is_count = isinstance(share, Mapping) and isinstance(wanted, int)
-        count = wanted if is_count else round(wanted * width)
-        if not 0 <= count <= width:
-            raise ValueError(f"share[{axis.name!r}] must be at most its smaller width {width}, got {wanted}")
-        counts[axis.name] = int(count)
-    return counts
+    Returns:
+        A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
+    """
+    _check(networks, inputs, share, "refit", matching, damping, 0, samples)
+    prepared = prepare(networks, inputs, samples)
+    made = make_plan(prepared, affine, matching, damping)
+    if isinstance(share, Budget):
+        made.counts = predicted_counts(share, made)
+    else:
+        made.counts = counts_of(share.counts if isinstance(share, Plan) else share, prepared.correspondence.axes)
+    return made
 
 
 def _check(networks, inputs, share, method, matching, damping, reconstructions, samples) -> None:
@@ -189,7 +148,7 @@ def _check(networks, inputs, share, method, matching, damping, reconstructions, 
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if matching not in MATCHINGS:
         raise ValueError(f"matching must be one of {MATCHINGS}, got {matching!r}")
-    values = share.values() if isinstance(share, Mapping) else [share]
+    values = share.values() if isinstance(share, Mapping) else [] if isinstance(share, (Budget, Plan)) else [share]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 0:
             raise ValueError(f"share must be a fraction in [0, 1] or a mapping of fractions and counts, got {value!r}")
