@@ -47,6 +47,7 @@ def test_budget_of_parameters():
         report = mtzip.zip_networks(networks, x, mtzip.Budget(parameters=fraction)).report
         assert report.ratio <= fraction
         assert report.planned["parameters"] == pytest.approx(report.ratio)
+        assert "measured output error: a" in str(report)
         sizes.append(report.ratio)
         errors.append(sum(report.output_error.values()))
     assert sizes == sorted(sizes)

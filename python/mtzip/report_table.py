@@ -20,6 +20,8 @@ def table(report: Report) -> str:
         parts.append(_layers(report))
     if report.private:
         parts.append(_private(report))
+    if report.planned:
+        parts.append(_plan(report))
     if report.seconds:
         parts.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
     return "\n\n".join(parts)
@@ -29,6 +31,15 @@ def _headline(report: Report) -> str:
     tasks = " + ".join(report.tasks) or "no tasks"
     stored = f"{report.parameters_after:,} parameters stored of {report.parameters_before:,} ({report.ratio:.1%})"
     return f"{tasks}, method {report.method}: {stored}"
+
+
+def _plan(report: Report) -> str:
+    """What a budget or plan foresaw, and what came out."""
+    planned = (
+        f"planned: {report.planned['parameters']:.1%} of the parameters, output error {report.planned['error']:.3g}"
+    )
+    measured = ", ".join(f"{task} {error:.3g}" for task, error in report.output_error.items())
+    return planned + (f"; measured output error: {measured}" if measured else "")
 
 
 def _axes(report: Report) -> str:
