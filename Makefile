@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 TORCH_CPU := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi 2>/dev/null),,$(TORCH_CPU)))
 
+# Test files that run at once: more than a few cores would each wait for the longest of them.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
+
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
@@ -27,8 +30,8 @@ install: $(INSTALLED) ## a virtual environment in .venv with everything built an
 demo: $(INSTALLED) ## zips two networks on real data; DATA=folder of mnist/ and fashion-mnist/ for full size
 	$(BIN)/mtzip demo $(if $(DATA),--data "$(DATA)")
 
-test: $(INSTALLED) ## the whole test suite; ARGS=... goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## the whole test suite, a file to a core at a time; ARGS=... goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
