@@ -21,6 +21,11 @@ from .observe import Observed
 from .trace.correspond import AxisGroup, LayerGroup
 
 
+#: Axes wider than this keep their first pairing: matching one again costs seconds, and those inside a block are matched
+#: once more when the sweep arrives at them.
+WIDE = 1024
+
+
 class Descent:
     """The pairings of some axes and what they cost.
 
@@ -79,6 +84,8 @@ class Descent:
 
     def _improve(self, axis: AxisGroup) -> bool:
         """Matches one axis anew; keeps the pairing if the layers that write and read it cost less in total."""
+        if max(axis.sizes.values()) > WIDE:
+            return False
         old = self.observed.slots[id(axis)]
         new = self._matched(axis, readers=True)
         if torch.equal(old.table, new.table):
