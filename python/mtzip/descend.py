@@ -20,7 +20,6 @@ from .merge import Part, Systems
 from .observe import Observed
 from .trace.correspond import AxisGroup, LayerGroup
 
-
 #: Axes wider than this keep their first pairing: matching one again costs seconds, and those inside a block are matched
 #: once more when the sweep arrives at them.
 WIDE = 1024
