@@ -1,0 +1,63 @@
+"""python -m bench.paper NAME [--data DIR] [--quick]: an experiment of the paper, its table beside what it reports."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import platform
+
+import torch
+
+from .methods import METHODS
+from .run import rows
+from .table import Row, table, write_csv
+
+EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "resnets")
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """The command line; returns the rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
+    parser.add_argument("name", metavar="NAME", choices=EXPERIMENTS, help=", ".join(EXPERIMENTS))
+    parser.add_argument("--data", metavar="DIR", help="folder with data/ and weights/ (MTZ_SHARED, or ../shared)")
+    parser.add_argument(
+        "--quick", action="store_true", help="within five minutes on two cores: fewer cases and methods"
+    )
+    parser.add_argument("--ablations", action="store_true", help="every idea switched off alone, in place of baselines")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, metavar="N", help="average N runs in place of the experiment's own number")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there, after each")
+    options = parser.parse_args(arguments)
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    chosen = tuple(options.methods.split(",")) if options.methods else None
+    for unknown in set(chosen or ()) - set(METHODS):
+        parser.error(f"--methods must be of {', '.join(METHODS)}; got {unknown!r}")
+    if options.data:
+        os.environ["MTZ_SHARED"] = options.data
+    experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    found: list[Row] = []
+    for case in experiment.cases(options.quick, options.ablations):
+        if options.only not in case.name:
+            continue
+        if chosen:
+            case = dataclasses.replace(case, methods=chosen)
+        if options.seeds:
+            case = dataclasses.replace(case, seeds=tuple(range(options.seeds)))
+        for row in rows(case):
+            found.append(row)
+            print(", ".join(row.cells), flush=True)
+            if options.csv:
+                write_csv(found, options.csv)
+    if not found:
+        parser.error(f"--only must be part of the name of a case, got {options.only!r}")
+    print(f"\n{table(found)}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

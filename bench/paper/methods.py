@@ -1,0 +1,135 @@
+"""This library, its ablations, and the baselines, on the same networks with the same calibration images and steps.
+
+Every method gives a :class:`mtzip.ZippedNetwork` to measure and to retrain in one way, whatever it shares: one trunk
+trained from scratch is a zip of copies of an untrained network, separately pruned networks are a zip that shares none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mtzip
+from mtzip.demo.train import evaluating
+
+from .case import Case
+from .pruning import pruned
+
+Images = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to come to one network from several.
+
+    Args:
+        make: from case, calibration images and seed to the network before retraining.
+        retrain: what :func:`mtzip.retrain` is told beside data, steps, teachers and seed; called with the case.
+        before: whether the network is worth measuring before retraining.
+    """
+
+    make: Callable[[Case, Images, int], mtzip.ZippedNetwork]
+    retrain: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
+    before: bool = True
+
+
+def zipped(**settings: Any) -> Callable[[Case, Images, int], mtzip.ZippedNetwork]:
+    """Zipping with settings of :func:`mtzip.zip_networks`."""
+    return lambda case, images, seed: mtzip.zip_networks(case.networks, images, share=case.share, **settings)
+
+
+def originals(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """The networks as they are."""
+    return mtzip.zip_networks(case.networks, images, share=0)
+
+
+def permuted(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """Permutation by correlation of activations, mean, BatchNorm re-estimated, heads refitted by least squares."""
+    result = mtzip.zip_networks(case.networks, images, share=case.share, method="average", matching="activation")
+    for task, network in case.networks.items():
+        refit_head_(result[task], network, images[task])
+    return result
+
+
+def from_scratch(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """Untrained networks with one trunk in common, sharing as much as the zip; norms and heads are the tasks' own."""
+    fresh = {}
+    for task, network in case.networks.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # the same trunk for all: a head is drawn last
+            fresh[task] = copy.deepcopy(network)
+            for module in fresh[task].modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    few = {task: x[:200] for task, x in images.items()}
+    return mtzip.zip_networks(fresh, few, share=case.share, method="average")
+
+
+def pruned_apart(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """Each network pruned by magnitude, all together as large as their zip; nothing is shared."""
+    few = {task: x[:200] for task, x in images.items()}
+    size = mtzip.zip_networks(case.networks, few, share=case.share).parameter_count()
+    return mtzip.zip_networks(pruned(case.networks, images, size), few, share=0)
+
+
+@torch.no_grad()
+def refit_head_(network: nn.Module, original: nn.Module, images: Tensor) -> None:
+    """Fits the last linear layer of ``network`` by ridge regression to what ``original`` puts out on ``images``.
+
+    Raises:
+        ValueError: that layer shares weights with another task.
+    """
+    path = [path for path, module in original.named_modules() if isinstance(module, nn.Linear)][-1]
+    head, read = network.get_submodule(path), []
+    if type(head) is not nn.Linear:
+        raise ValueError(f"{path} must be private to refit it for one task, got {type(head).__name__}; share less")
+    handle = head.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].double()))
+    with evaluating(network), evaluating(original):
+        targets = torch.cat([original(x).double() for x in images.split(500)])
+        for x in images.split(500):
+            network(x)
+    handle.remove()
+    x = torch.cat(read)
+    mean, middle = x.mean(0), targets.mean(0)
+    moment = (x - mean).T @ (x - mean) / len(x)
+    moment.diagonal().add_(1e-3 * moment.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(moment, (x - mean).T @ (targets - middle) / len(x)).T
+    head.weight.copy_(weight)
+    head.bias.copy_(middle - weight @ mean)
+
+
+def _scratch_recipe(case: Case) -> dict[str, Any]:
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=case.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, case.rate, total_steps=case.steps + 1, pct_start=0.2)
+
+    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train"}
+
+
+METHODS: dict[str, Method] = {
+    "originals": Method(originals, before=True),
+    "mtzip": Method(zipped()),
+    "average": Method(zipped(method="average")),
+    "permuted": Method(permuted),
+    "from scratch": Method(from_scratch, _scratch_recipe, before=False),
+    "pruned": Method(pruned_apart),
+    # Ablations: one idea changed at a time.
+    "no refit": Method(zipped(method="mtz")),
+    "greedy": Method(zipped(matching="greedy")),
+    "by activations": Method(zipped(matching="activation")),
+    "no affine": Method(zipped(affine=False)),
+    "damping 1e-3": Method(zipped(damping=1e-3)),
+    "damping 1e-1": Method(zipped(damping=1e-1)),
+    "reconstruction": Method(zipped(reconstructions=1)),
+    "no distillation": Method(zipped(), lambda case: {"teachers": {}}),
+    "features too": Method(zipped(), lambda case: {"distill": "both"}),
+}
+BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
+ABLATIONS = tuple(name for name in METHODS if name not in BASELINES)

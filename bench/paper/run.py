@@ -1,0 +1,73 @@
+"""Runs the methods of a case and gives the rows of its table."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import mtzip
+
+from . import measure
+from .case import Case
+from .methods import METHODS
+from .table import Row
+
+
+@dataclass
+class _Stage:
+    """What was measured after so many steps, a value a seed."""
+
+    found: list[measure.Wrong] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def rows(case: Case) -> Iterator[Row]:
+    """The rows of a case, each as soon as it is known: before retraining and after."""
+    before = measure.wrong(case.networks, case.tasks)
+    total = sum(p.numel() for network in case.networks.values() for p in network.parameters())
+    for name in case.methods:
+        method, stages = METHODS[name], {}
+        for seed in case.seeds:
+            _say(f"{case.name}: {name}, seed {seed}")
+            images, start = case.images(seed), time.perf_counter()
+            zipped = method.make(case, images, seed)
+            if method.before or not case.steps:
+                _measure(stages.setdefault(0, _Stage()), zipped, case, time.perf_counter() - start)
+            if case.steps and name != "originals":
+                settings = {"teachers": case.networks, **method.retrain(case)}
+                mtzip.retrain(zipped, case.loaders(), case.steps, seed=seed, **settings)
+                _measure(stages.setdefault(case.steps, _Stage()), zipped, case, time.perf_counter() - start)
+        for steps, stage in stages.items():
+            after = measure.mean_of(stage.found)
+            yield Row(
+                case.name,
+                name,
+                f"{case.share:.0%}" if isinstance(case.share, float) else ", ".join(case.share),
+                steps,
+                round(statistics.mean(stage.stored)),
+                statistics.mean(stage.stored) / total,
+                _listed(measure.errors(before)),
+                _listed(measure.errors(after)),
+                *measure.increase(before, after, case.tasks),
+                len(case.seeds),
+                case.paper,
+                statistics.mean(stage.seconds),
+            )
+
+
+def _measure(stage: _Stage, zipped: mtzip.ZippedNetwork, case: Case, seconds: float) -> None:
+    stage.found.append(measure.wrong({task: zipped[task] for task in zipped}, case.tasks))
+    stage.stored.append(zipped.parameter_count())
+    stage.seconds.append(seconds)
+
+
+def _listed(errors: dict[str, float]) -> str:
+    return " / ".join(f"{error:.2f}" for error in errors.values())
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,32 @@
+"""Different tasks: two VGG-16 with BatchNorm, CIFAR-10 and GTSRB, at a quarter of the width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import data
+from ..networks import pretrained
+from .case import Case
+from .methods import ABLATIONS, BASELINES
+
+PAPER = "+3.18 (ImageNet, CelebA, full width)"
+STEPS = 400  # of batch 128 a task
+
+
+def cases(quick: bool, ablations: bool) -> Iterator[Case]:
+    """The quarter-width pair, every hidden neuron shared; and 90 %."""
+    tasks = {
+        "cifar10": data.task("cifar10", data.cifar10_jpeg, data.IMAGENET),
+        "gtsrb": data.task("gtsrb", data.gtsrb, data.GTSRB),
+    }
+    networks = {"cifar10": pretrained("vgg16-quarter-bn/cifar10-jpeg"), "gtsrb": pretrained("vgg16-quarter-bn/gtsrb")}
+    methods = ("originals", "mtzip", "average", "permuted") if quick else BASELINES
+    methods = ("mtzip", *ABLATIONS) if ablations else methods
+    recipe = {
+        "steps": 50 if quick else STEPS,
+        "calibration": 1000 if quick else 4000,
+        "shift": 3,
+        "flips": ("cifar10",),
+    }
+    for share in (1.0,) if quick or ablations else (1.0, 0.9):
+        yield Case("quarter VGG-16, CIFAR-10 + GTSRB", networks, tasks, PAPER, methods, share, **recipe)
