@@ -271,6 +271,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     method = (tmp_path / "site/method/index.html").read_text()
     assert method.count("<math") > 50
     assert "arithmatex" not in re.sub(r'<div class="arithmatex"><math', "", method)  # no formula is left as it was
+    for page in (tmp_path / "site").rglob("*.html"):
+        for formula in re.findall(r"<math.*?</math>", page.read_text(), re.DOTALL):
+            assert "\\" not in formula, f"{page.parent.name}: a command that is not known in {formula}"
     built = "\n".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
     assert "<!-- table" not in built and "<!-- files" not in built
     assert not re.findall(
