@@ -56,5 +56,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --editable '.[demo,plot,onnx,test,lint,bench]'
+	$(BIN)/python -m pip install --editable '.[demo,plot,onnx,docs,test,lint,bench]'
 	touch $@
