@@ -7,12 +7,12 @@ these 64 characters set to zero. So no byte can change unnoticed, and any safete
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -64,11 +64,14 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], document: Mapp
             raise TypeError(f"{name} must be of a type safetensors files have, got {tensor.dtype}")
     text = json.dumps({**document, "sha256": _NO_DIGEST}, separators=(",", ":"), allow_nan=False)
     plain = dict(_separate(tensors))
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    # A folder, for the library writes temporary files of its own, which a killed process would leave beside ours.
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = folder / path.name
     try:
         try:
+            folder.mkdir()
             save_file(plain, part, {KEY: text})
-        except SafetensorError as error:  # a folder that is not there, a full disk
+        except (SafetensorError, OSError) as error:  # a folder that is not there, a full disk
             raise OSError(f"{path} cannot be written: {error}") from error
         with open(part, "r+b") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -80,8 +83,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], document: Mapp
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

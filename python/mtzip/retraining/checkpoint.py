@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,7 @@ class Checkpoint:
             OSError: it cannot be read.
         """
         for part in self.path.parent.glob(f".{self.path.name}.{'[0-9a-f]' * 32}.part"):  # of runs that were killed
-            with contextlib.suppress(OSError):
-                part.unlink()
+            shutil.rmtree(part, ignore_errors=True)
         if not self.path.exists():
             return None
         try:
