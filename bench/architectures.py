@@ -20,6 +20,7 @@ from mtzip.trace.export import export
 from mtzip.trace.sharable import sharable
 
 from .zoo import ARCHITECTURES, Architecture
+from .zoo_copies import differences
 
 NAME, HELP = "architectures", "what can be shared of ResNets, transformers and others, and why the rest stays private"
 
@@ -36,6 +37,8 @@ class Row:
         other: fraction of all in norms, embedding tables, positions.
         private: what else stays private and why.
         seconds: to trace and analyse.
+        nothing_shared: largest relative difference of the outputs of the tiny network zipped with share=0.
+        copy_shared: the same, zipped with a shuffled copy of itself and share=1.
     """
 
     architecture: str
@@ -45,10 +48,12 @@ class Row:
     other: float
     private: str
     seconds: float
+    nothing_shared: float | None = None
+    copy_shared: float | None = None
 
 
 def measure(architecture: Architecture, tiny: bool) -> Row:
-    """Traces and analyses one architecture."""
+    """Traces and analyses one architecture, and zips its tiny form."""
     network = architecture.build(tiny)
     example = as_batch(architecture.example(tiny))
     start = time.perf_counter()
@@ -60,7 +65,9 @@ def measure(architecture: Architecture, tiny: bool) -> Row:
     seconds = time.perf_counter() - start
     found = sharable(analysis)
     heads, other = found.heads / found.total, found.other / found.total
-    return Row(architecture.name, found.total, found.fraction, heads, other, reasons(analysis, found.notes), seconds)
+    row = Row(architecture.name, found.total, found.fraction, heads, other, reasons(analysis, found.notes), seconds)
+    row.nothing_shared, row.copy_shared = differences(architecture)
+    return row
 
 
 def reasons(analysis: Analysis, notes: list[Note]) -> str:
@@ -81,13 +88,24 @@ def reasons(analysis: Analysis, notes: list[Note]) -> str:
 def run(options: argparse.Namespace) -> None:
     """Prints the table as it comes."""
     rows = []
-    print("| architecture | parameters | can be shared | heads | norms, tables | private, and why | seconds |")
-    print("|---|---:|---:|---:|---:|---|---:|")
+    head = [
+        "architecture",
+        "parameters",
+        "can be shared",
+        "heads",
+        "norms, tables",
+        "share=0",
+        "copy",
+        "private, and why",
+    ]
+    print(f"| {' | '.join(head)} | seconds |")
+    print("|---|---:|---:|---:|---:|---:|---:|---|---:|")
     for architecture in ARCHITECTURES:
         with torch.no_grad():
             row = measure(architecture, options.quick)
         rows.append(row)
-        shares = f"{row.sharable:.1%} | {row.heads:.1%} | {row.other:.1%}"
+        errors = " | ".join("" if e is None else f"{e:.1g}" for e in (row.nothing_shared, row.copy_shared))
+        shares = f"{row.sharable:.1%} | {row.heads:.1%} | {row.other:.1%} | {errors}"
         print(f"| {row.architecture} | {row.parameters:,} | {shares} | {row.private} | {row.seconds:.1f} |", flush=True)
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:

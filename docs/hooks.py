@@ -96,9 +96,13 @@ def architectures(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         shares = [f"{float(row[name]):.1%}" for name in ("sharable", "heads", "other")]
-        lines.append([row["architecture"], f"{int(row['parameters']):,}", *shares, row["private"] or "nothing"])
-    head = ["architecture", "parameters", "can be shared", "heads", "norms, tables", "what else stays private, and why"]
-    return _table(head, lines, right=range(1, 5))
+        errors = [_number(row[name], ".1g") for name in ("nothing_shared", "copy_shared")]
+        lines.append(
+            [row["architecture"], f"{int(row['parameters']):,}", *shares, *errors, row["private"] or "nothing"]
+        )
+    shares, errors = ["can be shared", "heads", "norms, tables"], ["share=0", "with its copy"]
+    head = ["architecture", "parameters", *shares, *errors, "what else stays private, and why"]
+    return _table(head, lines, right=range(1, 7))
 
 
 def targets(rows: Sequence[Row]) -> str:

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from nets import noise, seeded
-from test_plan import settled, shuffled
+from test_plan import settled
 from torch import nn
 from torch.nn import functional as F
 
 import mtzip
+from bench.zoo_copies import shuffled
 from mtzip.grouped import grouped_moments
+from mtzip.inputs import as_batch
 from mtzip.moments import View
 
 
@@ -65,7 +67,7 @@ class Inverted(nn.Module):
 def test_a_shuffled_copy_zips_onto_the_original(groups, norm):
     x = noise(200, 2, 6, 6)
     network = settled(seeded(lambda: Inverted(groups, norm=norm)), x)
-    zipped = mtzip.zip_networks({"a": network, "b": shuffled(network, x)}, {"a": x, "b": x})
+    zipped = mtzip.zip_networks({"a": network, "b": shuffled(network, as_batch(x))}, {"a": x, "b": x})
     shared = [name for name, _ in zipped["a"].depth.named_parameters() if name.startswith("weight")]
     assert shared == ["weight_rows_0_1_columns_0_1"]
     assert zipped["a"].depth.weight_rows_0_1_columns_0_1 is zipped["b"].depth.weight_rows_0_1_columns_0_1
@@ -117,7 +119,7 @@ def test_transposed_convolutions():
 
     x = noise(100, 3, 4, 4)
     network = settled(seeded(decoder), x)
-    zipped = mtzip.zip_networks({"a": network, "b": shuffled(network, x)}, {"a": x, "b": x})
+    zipped = mtzip.zip_networks({"a": network, "b": shuffled(network, as_batch(x))}, {"a": x, "b": x})
     assert isinstance(zipped["a"][0], nn.ConvTranspose2d)
     assert [axis.shared for axis in zipped.report.axes] == [6, 4]
     with torch.no_grad():

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from nets import IMAGE, CifarResNet, Residual, analysed, mlp, noise, seeded
 from torch import nn
 
 import mtzip
+from bench.zoo_copies import shuffled
 from mtzip.activations import correlations, match_by_activations, same_form
 from mtzip.descend import Descent
 from mtzip.inputs import as_batch
-from mtzip.permute import permute_
 from mtzip.plan import observe_all, plan_axes
 from mtzip.trace.correspond import correspond
-
-
-def shuffled(network: nn.Module, x: torch.Tensor, seed: int = 3) -> nn.Module:
-    """The same function with every free axis in a random order."""
-    analysis = analysed(network, x)
-    generator = torch.Generator().manual_seed(seed)
-    free = [atom for atom in analysis.axes.roots() if analysis.axes[atom].pinned is None]
-    orders = {atom: torch.randperm(analysis.axes[atom].size, generator=generator) for atom in free}
-    copied = copy.deepcopy(network)
-    permute_(copied, analysis, orders)
-    return copied
 
 
 def settled(network: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -50,7 +37,7 @@ def test_a_shuffled_copy_zips_onto_the_original(make, matching):
     shape = IMAGE if make is RESIDUAL["residual"] else (3, 16, 16)
     x = noise(96, *shape)
     network = settled(seeded(make), x)
-    other = shuffled(network, x)
+    other = shuffled(network, as_batch(x), seed=3)
     zipped = mtzip.zip_networks({"a": network, "b": other}, {"a": x, "b": x}, matching=matching)
     assert all(axis.shared == min(axis.neurons.values()) for axis in zipped.report.axes)
     with torch.no_grad():

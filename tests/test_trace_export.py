@@ -84,10 +84,8 @@ def test_two_inputs_and_keywords():
         def forward(self, first, second=None):
             return {"logits": self.head(torch.cat([self.left(first), self.right(second)], 1).relu())}
 
-    from mtzip.leaf import LEAVES
-
     batch = as_batch({"first": noise(4, 3), "second": noise(4, 5)})
-    analysis = Analysis(export("t", seeded(Two), batch), tuple(LEAVES))
+    analysis = Analysis(export("t", seeded(Two), batch))
     assert list(free_axes(analysis).values()) == [["left"], ["right"]]
 
 

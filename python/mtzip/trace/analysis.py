@@ -31,7 +31,7 @@ class Analysis:
     walked again with the next.
     """
 
-    def __init__(self, exported: Exported, leaf_classes: object = None):
+    def __init__(self, exported: Exported):
         self.exported = exported
         self._choices: dict[tuple[str, int], int] = {}
         while True:
