@@ -207,7 +207,7 @@ def gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:
     """What rows of one side gain alone, b^T Q^-1 b, [r]."""
     side = system.sides[at]
     own = type(side)(side.moment, torch.arange(len(b), device=b.device), side.alpha, side.damping)
-    return (b * JointSystem([own], len(b)).factor([1.0]).solve(b)).sum(0)
+    return JointSystem([own], len(b)).factor([1.0]).gain(b)
 
 
 def joining_difference(

@@ -270,7 +270,7 @@ def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) 
 
 
 def collect(
-    view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None
+    view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None, tasks: int = 1
 ) -> tuple[Moment, Target | None]:
     """Moments of a layer over calibration chunks; sample space where positions are fewer than columns.
 
@@ -278,18 +278,20 @@ def collect(
         view: how the layer reads its input.
         inputs: chunks of what it reads.
         targets: chunks of what it should output, or None.
+        tasks: how many tasks are solved for together: the samples of all have to be fewer than the columns.
 
     Returns:
         The input's moment, and the target's if there are targets. All float64; the products over a chunk are taken in
         the input's precision (float32 for half precision, float64 where they are few), the sum over chunks in float64.
     """
-    inputs = [at_least_float32(x) for x in inputs]
+    inputs = _merged([at_least_float32(x) for x in inputs], view)
     count = total(sum(view.positions(x) for x in inputs))
     if count * view.columns(inputs[0]) ** 2 <= SMALL:
         inputs = [x.double() for x in inputs]
-    targets = None if targets is None else [at_least_float32(z).to(inputs[0].dtype) for z in targets]
+    if targets is not None:
+        targets = _split_like([at_least_float32(z).to(inputs[0].dtype) for z in targets], inputs)
     mean = total(sum(view.column_sum(x).double() for x in inputs)) / count
-    if count < view.columns(inputs[0]):
+    if tasks * count < view.columns(inputs[0]):
         samples = gathered_rows(torch.cat([view.unfold(x).double() for x in inputs])).sub_(mean).div_(count**0.5)
         moment = Moment(count, mean, samples=samples)
     else:
@@ -316,12 +318,33 @@ def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> T
         covariance = product.div_(count).sub_(torch.outer(rest, rest))
     else:
         product = total(sum(view.second_moment(x).double() for x in inputs))
-        covariance = product.div_(count).sub_(torch.outer(mean, mean))
-    return (covariance + covariance.T).div_(2)
+        covariance = product.div_(count).addr_(mean, mean, alpha=-1)
+    # The operator's sums are symmetric to the last digit, a product's are not.
+    return covariance if len(view.kernel) in (1, 2) else (covariance + covariance.T).div_(2)
 
 
-#: Multiplications up to which products are taken in float64: they cost a few milliseconds at most.
-SMALL = 1e8
+def _merged(chunks: list[Tensor], view: View) -> list[Tensor]:
+    """Chunks put together while they are small: sums over many columns cost more than their products over few positions."""
+    merged: list[list[Tensor]] = []
+    for x in chunks:
+        if merged and sum(view.positions(y) for y in merged[-1]) + view.positions(x) <= MERGED:
+            merged[-1].append(x)
+        else:
+            merged.append([x])
+    return [xs[0] if len(xs) == 1 else torch.cat(xs) for xs in merged]
+
+
+def _split_like(chunks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """The same samples in as many chunks, of the same sizes, as ``like``."""
+    sizes = [len(x) for x in like]
+    return chunks if [len(x) for x in chunks] == sizes else list(torch.cat(chunks).split(sizes))
+
+
+#: Positions up to which chunks are put together.
+MERGED = 2**16
+
+#: Multiplications up to which products are taken in float64: they cost a tenth of a second at most.
+SMALL = 4e9
 
 #: Variance over squared mean below which a value is constant: what rounding leaves.
 CONSTANT = 1e-10

@@ -27,8 +27,8 @@ DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
 #: Factors of systems from this size on are taken in float32, and solutions refined once on the float64 system.
 SINGLE_PRECISION_FROM = 384
 
-#: Systems of at most so many unknowns keep their factors: matching and every later solve use the same few.
-KEEP_FACTORS = 2048
+#: Bytes of factors that a system keeps: matching and every later solve use the same few.
+KEEP_FACTORS = 2**30
 
 
 def automatic_damping(columns: int, positions: int) -> float:
@@ -94,7 +94,7 @@ class JointSystem:
         found = self._factors.get(key)
         if found is None:
             found = Factor(self, list(key[:-1]), exact)
-            if self.size <= KEEP_FACTORS and len(self._factors) < 16:
+            if sum(factor.nbytes for factor in self._factors.values()) + found.nbytes <= KEEP_FACTORS:
                 self._factors[key] = found
         return found
 
@@ -158,6 +158,17 @@ class Factor:
             return right.T @ self.solve(right)
         half = torch.linalg.solve_triangular(self._lower, right.to(self._lower.dtype), upper=False)
         return (half.T @ half).to(right.dtype)
+
+    def gain(self, right: Tensor) -> Tensor:
+        """The diagonal of :meth:`gains`, [r]."""
+        if self._rows is not None:
+            return (right * self.solve(right)).sum(0)
+        return self.half(right).square_().sum(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self._lower.nbytes + (0 if self._rows is None else self._rows.nbytes)
 
     @property
     def is_exact(self) -> bool:

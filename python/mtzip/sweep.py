@@ -172,7 +172,7 @@ class Sweep:
             self._share_grouped(group, members)
             changed = dict.fromkeys(members, True)
         elif members:
-            parts = {task: self._part(task, group.layers[task], columns[task], True) for task in members}
+            parts = {task: self._part(task, group.layers[task], columns[task], len(members)) for task in members}
             merge.settle(parts, self.options.affine)
             systems = merge.Systems(parts)
             for axis in axes:
@@ -185,18 +185,19 @@ class Sweep:
                 changed[task] = self._refit_private(group, task, layer, columns[task])
         return changed
 
-    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], shared: bool) -> Part:
+    def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], sharers: int) -> Part:
         """A layer's moments and weights, in stored row order as far as its axes are matched.
 
         Args:
-            shared: whether other tasks share it, so that its BatchNorm is folded in.
+            sharers: tasks that share it; where they are more than one, its BatchNorm is folded in.
         """
+        shared = sharers > 1
         execution, analysis, network = self.executions[task], self.analyses[task], self.networks[task]
         view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
         inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
         sizes = enough(view, inputs, *MOMENT_SAMPLES)
         inputs, outputs = _heads(inputs, sizes), _heads(outputs, sizes)
-        moment, target = collect(view, inputs, outputs)
+        moment, target = collect(view, inputs, outputs, sharers)
         if not (torch.isfinite(moment.mean).all() and torch.isfinite(target.variance).all()):
             raise ValueError(
                 f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
@@ -410,7 +411,7 @@ class Sweep:
             return reordered
         if self.options.method != "refit" or layer.calls > 1 or layer.groups > 1:
             return True
-        part = self._part(task, layer, columns, shared=False)
+        part = self._part(task, layer, columns, sharers=1)
         part.columns = (Run((task,), sum(run.size for run in columns)),)
         if layer.bias is None and layer.norm is None:
             part.constant = "none"
