@@ -212,7 +212,7 @@ class View:
         # Sums over one image first: contiguous, many times faster than all dimensions at once.
         spatial, count = tuple(range(2, z.dim())), z.numel() // z.shape[1]
         mean = z.sum(spatial).double().sum(0) / count
-        square = torch.linalg.vector_norm(z, dim=spatial).double().square().sum(0) / count
+        square = z.square().sum(spatial).double().sum(0) / count
         return mean, (square - mean.square()).clamp_min(0)
 
     def second_moment(self, x: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def collect(
     """
     inputs = _merged([at_least_float32(x) for x in inputs], view)
     count = total(sum(view.positions(x) for x in inputs))
-    if count * view.columns(inputs[0]) ** 2 <= SMALL:
+    if count * view.columns(inputs[0]) ** 2 <= (SMALL if view.upsampled is None else SMALL_UPSAMPLED):
         inputs = [x.double() for x in inputs]
     if targets is not None:
         targets = _split_like([at_least_float32(z).to(inputs[0].dtype) for z in targets], inputs)
@@ -343,8 +343,9 @@ def _split_like(chunks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 #: Positions up to which chunks are put together.
 MERGED = 2**16
 
-#: Multiplications up to which products are taken in float64: they cost a tenth of a second at most.
-SMALL = 4e9
+#: Multiplications up to which products are taken in float64: they cost a few milliseconds at most. More for transposed
+#: convolutions, whose columns are zeros for the most part and their moments closer to singular.
+SMALL, SMALL_UPSAMPLED = 1e8, 4e9
 
 #: Variance over squared mean below which a value is constant: what rounding leaves.
 CONSTANT = 1e-10
