@@ -286,7 +286,7 @@ def collect(
     """
     inputs = _merged([at_least_float32(x) for x in inputs], view)
     count = total(sum(view.positions(x) for x in inputs))
-    if count * view.columns(inputs[0]) ** 2 <= (SMALL if view.upsampled is None else SMALL_UPSAMPLED):
+    if count * view.columns(inputs[0]) ** 2 <= SMALL:
         inputs = [x.double() for x in inputs]
     if targets is not None:
         targets = _split_like([at_least_float32(z).to(inputs[0].dtype) for z in targets], inputs)
@@ -324,7 +324,7 @@ def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> T
 
 
 def _merged(chunks: list[Tensor], view: View) -> list[Tensor]:
-    """Chunks put together while they are small: sums over many columns cost more than their products over few positions."""
+    """Chunks put together while they are small: over few positions, sums of matrices cost more than products."""
     merged: list[list[Tensor]] = []
     for x in chunks:
         if merged and sum(view.positions(y) for y in merged[-1]) + view.positions(x) <= MERGED:
@@ -343,9 +343,8 @@ def _split_like(chunks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 #: Positions up to which chunks are put together.
 MERGED = 2**16
 
-#: Multiplications up to which products are taken in float64: they cost a few milliseconds at most. More for transposed
-#: convolutions, whose columns are zeros for the most part and their moments closer to singular.
-SMALL, SMALL_UPSAMPLED = 1e8, 4e9
+#: Multiplications up to which products are taken in float64: they cost some ten milliseconds at most.
+SMALL = 1e9
 
 #: Variance over squared mean below which a value is constant: what rounding leaves.
 CONSTANT = 1e-10
