@@ -31,6 +31,12 @@ def test_a_fixed_batch_size_is_noticed():
     assert analysed(seeded(mlp), noise(4, 6)).exported.fixed_batch is None
 
 
+def test_a_torch_too_old_to_trace_is_named(monkeypatch):
+    monkeypatch.setattr("mtzip.trace.export.Dim", object())  # as torch 2.4 and 2.5 have it, without AUTO
+    with pytest.raises(ZipError, match=r"no Dim\.AUTO, expected torch 2\.6 or newer"):
+        analysed(seeded(mlp), noise(4, 6))
+
+
 def test_control_flow_on_values_cannot_be_exported():
     class Branching(nn.Module):
         def __init__(self):

@@ -77,6 +77,11 @@ def export(task: str, network: nn.Module, batch: Batch, select: Select = None) -
     Raises:
         ZipError: the network cannot be exported; says where and what to do.
     """
+    if not hasattr(Dim, "AUTO"):
+        raise ZipError(
+            f"torch {torch.__version__} cannot trace networks for mtzip: its torch.export has no Dim.AUTO, expected "
+            "torch 2.6 or newer; upgrade torch (mtz_ext alone runs from 2.4 on)"
+        )
     network = evaluation_copy(network)
     try:
         return _export(task, network, _example(batch), select)
