@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import mtzip
-from mtzip.assembly import assembled_anew
 from mtzip.demo.networks import LeNet5, LeNet300100
+from mtzip.network.assembly import assembled_anew
 
 from .networks import CifarResNet, Vgg16
 from .timer import measure

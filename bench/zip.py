@@ -23,7 +23,7 @@ from mtzip.demo.networks import LeNet5, LeNet300100
 from mtzip.demo.recipes import trained
 from mtzip.demo.tasks import Task
 from mtzip.demo.train import evaluating, test_error
-from mtzip.report_table import columns
+from mtzip.reports.table import columns
 
 from . import data
 from .networks import Vgg16, pretrained

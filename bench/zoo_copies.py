@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 import mtzip
 from mtzip.inputs import Batch, as_batch
-from mtzip.permute import permute_
 from mtzip.trace.analysis import Analysis
 from mtzip.trace.export import export
+from mtzip.trace.permute import permute_
 
 from .zoo import Architecture
 

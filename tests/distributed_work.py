@@ -21,8 +21,8 @@ from nets import Functional, Residual, mlp, noise, seeded
 from retraining import labelled
 
 import mtzip
+from mtzip.network.zipped import ZippedNetwork
 from mtzip.retraining.retrain import retrain
-from mtzip.share import ZippedNetwork
 
 STEPS = 5
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mtzip.layout import Layout, Run
-from mtzip.leaf import LEAVES, replace_module
-from mtzip.report import AxisReport, LayerReport, Private, Report
-from mtzip.share import ZippedNetwork
+from mtzip.network.layout import Layout, Run
+from mtzip.network.leaf import LEAVES, replace_module
+from mtzip.network.zipped import ZippedNetwork
+from mtzip.reports.report import AxisReport, LayerReport, Private, Report
 
 
 class Small(nn.Module):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from mtzip.inputs import Batch, as_batch
-from mtzip.permute import permute_
 from mtzip.trace.analysis import Analysis
 from mtzip.trace.correspond import Correspondence, correspond
 from mtzip.trace.export import export
+from mtzip.trace.permute import permute_
 
 IMAGE = (2, 8, 8)
 

@@ -7,7 +7,7 @@ from handmade import images
 from torch import nn
 from torch.nn import functional as F
 
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
 
 
 def inputs(count: int = 64) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 from handmade import images, small, zipped_pair
 from torch import nn
 
-from mtzip.save import load, save
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
+from mtzip.saving.save import load, save
 
 
 def instances(zipped: ZippedNetwork) -> dict[str, nn.Module]:

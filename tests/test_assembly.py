@@ -11,8 +11,8 @@ from handmade import ALL, BOTH, CONV, images, share_layer, small, zipped_pair, z
 from torch import nn
 from torch.nn import functional as F
 
-from mtzip import assembly
-from mtzip.share import ZippedNetwork
+from mtzip.network import assembly
+from mtzip.network.zipped import ZippedNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def assert_current(zipped: ZippedNetwork) -> None:
 @pytest.fixture(name="assemblies")
 def _assemblies(monkeypatch) -> list[int]:
     """How many weights have been assembled."""
-    from mtzip.leaf import SharedLayer
+    from mtzip.network.leaf import SharedLayer
 
     calls, real = [], SharedLayer.unscaled_weight
     monkeypatch.setattr(SharedLayer, "unscaled_weight", lambda self: (calls.append(1), real(self))[1])

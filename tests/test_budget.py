@@ -9,7 +9,7 @@ from test_grouped import Inverted
 from test_plan import settled
 
 import mtzip
-from mtzip.budget import PlannedAxis, counts_for_parameters, path_of_counts
+from mtzip.planning.budget import PlannedAxis, counts_for_parameters, path_of_counts
 
 KINDS = {
     "functional": (lambda: Functional(widths=(8, 6, 9)), IMAGE),

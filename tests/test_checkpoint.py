@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 import mtzip
 from bench import resume as script
-from mtzip import safefile
+from mtzip.network.zipped import ZippedNetwork
 from mtzip.retraining import tree
 from mtzip.retraining.retrain import retrain
-from mtzip.share import ZippedNetwork
+from mtzip.saving import safefile
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
 
 FOLDER = Path(__file__).parent.parent / "python/examples"
 #: Script to the packages it needs beside torch.

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import mtzip
 from bench.zoo_copies import shuffled
-from mtzip.grouped import grouped_moments
 from mtzip.inputs import as_batch
-from mtzip.moments import View
+from mtzip.merging.grouped import grouped_moments
+from mtzip.merging.moments import View
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])

@@ -56,21 +56,27 @@ def test_every_operator_has_its_stem_in_every_folder():
             assert (ROOT / folder / name).exists(), f"{folder} has no {name}"
 
 
-#: What the files of python/mtzip may not know: a stage knows the ones before it.
-STAGES = {
-    "trace": {"moments", "solve", "match", "columns", "merge", "sweep", "zip", "retraining", "save", "share", "report"},
-    "inputs.py": {"trace", "share", "merge", "zip"},
-    "share.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retraining", "save", "inputs"},
-    "moments.py": {"trace", "solve", "match", "share", "merge", "sweep", "zip"},
-    "solve.py": {"trace", "match", "share", "merge", "sweep", "zip"},
-    "match.py": {"trace", "merge", "sweep", "zip", "columns"},
-    "merge.py": {"sweep", "zip", "retraining", "save", "execute", "report"},
-    "sweep.py": {"zip", "retraining", "save"},
-    "zip.py": {"retraining", "save", "cli"},
-    "retraining": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "save"},
-    "save.py": {"trace", "moments", "solve", "match", "merge", "sweep", "zip", "retraining"},
-    "report.py": {"trace", "merge", "sweep", "zip", "share"},
+#: What each part of python/mtzip may use of the others. Read downwards: nobody uses what stands below it, but for
+#: ``zipped(x)``, which imports deploy when called.
+USES = {
+    "errors": set(),
+    "inputs": {"errors"},
+    "distributed": {"inputs"},
+    "reports": set(),
+    "trace": {"errors", "inputs"},
+    "network": {"errors", "inputs", "deploy"},
+    "prepare": {"inputs", "trace"},
+    "merging": {"distributed", "inputs", "reports", "trace", "network"},
+    "planning": {"distributed", "inputs", "trace", "network", "prepare", "merging"},
+    "within": {"reports", "trace", "network", "prepare", "merging", "planning", "distributed"},
+    "zip": {"distributed", "network", "prepare", "merging", "planning", "within"},
+    "tradeoff": {"network", "planning", "zip"},
+    "saving": {"inputs", "reports", "network"},
+    "retraining": {"errors", "inputs", "distributed", "network", "saving"},
+    "deploy": {"errors", "inputs", "trace", "network"},
 }
+#: What users call: these may use everything.
+FACES = {"__init__", "cli", "demo", "files", "show"}
 
 
 def relative_imports(file: Path) -> set[str]:
@@ -84,14 +90,23 @@ def relative_imports(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_does_not_know_the_stages_after_it(stage):
-    path = ROOT / "python/mtzip" / stage
-    files = [path] if path.suffix else list(path.rglob("*.py"))
+@pytest.mark.parametrize("part", USES)
+def test_a_part_uses_only_what_stands_above_it(part):
+    path = ROOT / "python/mtzip" / part
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     assert files
     for file in files:
-        wrong = relative_imports(file) & STAGES[stage]
+        wrong = relative_imports(file) - USES[part] - {part}
         assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_every_part_has_its_place():
+    found = {
+        path.stem
+        for path in (ROOT / "python/mtzip").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert found == set(USES) | FACES
 
 
 def test_kernels_stay_plain_cpp():

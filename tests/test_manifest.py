@@ -8,7 +8,7 @@ import pytest
 from handmade import zipped_pair
 from saved import Parts, _file, assert_same, instances, refused, signed  # noqa: F401 (_file is a fixture)
 
-from mtzip.save import load
+from mtzip.saving.save import load
 
 
 def test_signing_is_what_save_does(file, tmp_path):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from nets import noise
 
-from mtzip.layout import Run
-from mtzip.match import (
+from mtzip.merging.match import (
     euclidean,
     functional_difference,
     joining_difference,
@@ -15,8 +14,9 @@ from mtzip.match import (
     scale_free_difference,
     slots_of,
 )
-from mtzip.moments import Moment
-from mtzip.solve import JointSystem, Side
+from mtzip.merging.moments import Moment
+from mtzip.merging.solve import JointSystem, Side
+from mtzip.network.layout import Run
 
 D = 6
 

@@ -8,7 +8,7 @@ from nets import noise
 from torch import nn
 from torch.nn import functional as F
 
-from mtzip.moments import Moment, View, collect, cross_moment, enough
+from mtzip.merging.moments import Moment, View, collect, cross_moment, enough
 
 LAYERS = {
     "linear": (nn.Linear(7, 5), (7,)),

@@ -17,8 +17,8 @@ from mtzip.cli import main
 from mtzip.deploy import onnx_file
 from mtzip.errors import ZipError
 from mtzip.inputs import as_batch
-from mtzip.save import load, save
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
+from mtzip.saving.save import load, save
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

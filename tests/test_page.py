@@ -12,10 +12,10 @@ import pytest
 from handmade import small_report, zipped_pair, zipped_three
 
 from mtzip.cli import main
-from mtzip.page import page
-from mtzip.page_style import STYLE, TASKS
-from mtzip.report import AxisReport, LayerReport, Private, Report
-from mtzip.save import save
+from mtzip.reports.page import page
+from mtzip.reports.page_style import STYLE, TASKS
+from mtzip.reports.report import AxisReport, LayerReport, Private, Report
+from mtzip.saving.save import save
 from mtzip.show import describe_html
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import mtzip
 from bench.zoo_copies import shuffled
-from mtzip.activations import correlations, match_by_activations, same_form
-from mtzip.descend import Descent
 from mtzip.inputs import as_batch
-from mtzip.plan import observe_all, plan_axes
+from mtzip.planning.activations import correlations, match_by_activations, same_form
+from mtzip.planning.descend import Descent
+from mtzip.planning.plan import observe_all, plan_axes
 from mtzip.trace.correspond import correspond
 
 

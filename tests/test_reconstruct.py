@@ -10,8 +10,8 @@ from nets import analysed, noise, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from mtzip.moments import View, collect
-from mtzip.reconstruct import Follow, corrected, correction, following, substitute
+from mtzip.merging.moments import View, collect
+from mtzip.merging.reconstruct import Follow, corrected, correction, following, substitute
 
 
 def slow(y, z, relu: bool, window):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from handmade import images, small, small_report
 
-from mtzip.report import AxisReport, LayerReport, Private, Report
+from mtzip.reports.report import AxisReport, LayerReport, Private, Report
 from mtzip.zip import zip_networks
 
 TABLE = """\
@@ -125,7 +125,7 @@ def test_bars_have_the_lengths_of_the_numbers():
 
 def test_matplotlib_is_imported_by_plot_alone_and_pyplot_never():
     code = (
-        "import sys; from mtzip.report import Report; assert 'matplotlib' not in sys.modules;"
+        "import sys; from mtzip.reports.report import Report; assert 'matplotlib' not in sys.modules;"
         "Report(('a',), 'mtz').plot(); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

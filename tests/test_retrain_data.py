@@ -11,9 +11,9 @@ from retraining import inputs, labelled
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from mtzip.network.zipped import ZippedNetwork
 from mtzip.retraining.loaders import Cycle, loader_of
 from mtzip.retraining.retrain import retrain
-from mtzip.share import ZippedNetwork
 
 
 def test_loaders_of_different_lengths_go_round_on_their_own():

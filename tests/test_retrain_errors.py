@@ -11,9 +11,9 @@ from retraining import assert_same, inputs, labelled, weights_of
 from torch import nn
 from torch.nn import functional as F
 
+from mtzip.network.zipped import ZippedNetwork
 from mtzip.retraining.loaders import ShuffledBatches, loader_of
 from mtzip.retraining.retrain import retrain
-from mtzip.share import ZippedNetwork
 
 
 @pytest.mark.parametrize(

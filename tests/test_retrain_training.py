@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from mtzip.network.zipped import ZippedNetwork
 from mtzip.retraining.retrain import retrain
-from mtzip.share import ZippedNetwork
 
 
 def batches(count: int) -> dict[str, list[torch.Tensor]]:

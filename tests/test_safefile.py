@@ -12,8 +12,8 @@ import torch
 from handmade import zipped_pair
 from saved import _file, instances, refused, signed  # noqa: F401 (_file is a fixture)
 
-from mtzip import safefile
-from mtzip.save import load
+from mtzip.saving import safefile
+from mtzip.saving.save import load
 
 
 @pytest.mark.parametrize(

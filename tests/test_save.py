@@ -15,8 +15,8 @@ from handmade import BOTH, Small, images, share_layer, small, zipped_pair, zippe
 from saved import _file, assert_same, instances  # noqa: F401 (_file is a fixture)
 from torch import nn
 
-from mtzip.save import load, read_manifest, save
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
+from mtzip.saving.save import load, read_manifest, save
 from mtzip.zip import zip_networks
 
 MADE = {"plain": lambda: zipped_pair(False), "scaled": zipped_pair, "three tasks": zipped_three}

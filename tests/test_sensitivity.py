@@ -8,7 +8,7 @@ from nets import IMAGE, Functional, analysed, mlp, noise, seeded
 from torch import nn
 
 from mtzip.inputs import as_batch
-from mtzip.sensitivity import FLOOR, row_weighting, sensitivities
+from mtzip.merging.sensitivity import FLOOR, row_weighting, sensitivities
 
 
 def jacobian_squares(network: nn.Module, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

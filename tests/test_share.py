@@ -11,9 +11,9 @@ import torch
 from handmade import ALL, BOTH, Small, images, share_layer, small, zipped_pair, zipped_three
 from torch import nn
 
-from mtzip.layout import Layout
-from mtzip.leaf import SharedLayer, leaves
-from mtzip.share import ZippedNetwork
+from mtzip.network.layout import Layout
+from mtzip.network.leaf import SharedLayer, leaves
+from mtzip.network.zipped import ZippedNetwork
 
 MADE = {"plain": lambda: zipped_pair(False), "scaled": zipped_pair, "three tasks": zipped_three}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from nets import noise
 
-from mtzip.moments import Moment
-from mtzip.solve import JointSystem, Side, automatic_damping, fit_scales, joint_rows
+from mtzip.merging.moments import Moment
+from mtzip.merging.solve import JointSystem, Side, automatic_damping, fit_scales, joint_rows
 
 ROWS = 4
 

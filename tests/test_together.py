@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtzip
-from mtzip.share import ZippedNetwork
+from mtzip.network.zipped import ZippedNetwork
 
 
 class Counted(TorchDispatchMode):

@@ -7,8 +7,8 @@ import torch
 from nets import IMAGE, Functional, analysed, axes_of, corresponding, noise, seeded, why
 from torch import nn
 
-from mtzip.permute import _Proof, verify_axes
 from mtzip.trace import rules
+from mtzip.trace.permute import _Proof, verify_axes
 
 
 def test_verify_axes_catches_a_wrong_rule(monkeypatch):

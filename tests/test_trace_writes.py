@@ -7,8 +7,8 @@ import torch
 from nets import IMAGE, analysed, assert_reordering_changes_nothing, free_axes, noise, seeded
 from torch import nn
 
-from mtzip.execute import Execution
 from mtzip.inputs import as_batch
+from mtzip.merging.execute import Execution
 
 PICTURES = noise(4, *IMAGE)
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import mtzip
-from mtzip.leaf import SharedLayer, leaves
-from mtzip.permute import permute_
+from mtzip.network.leaf import SharedLayer, leaves
+from mtzip.trace.permute import permute_
 
 METHODS = ("refit", "mtz", "average")
 

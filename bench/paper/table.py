@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mtzip.report_table import columns
+from mtzip.reports.table import columns
 
 
 @dataclass(frozen=True)

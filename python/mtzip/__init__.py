@@ -5,13 +5,13 @@ mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
 mtzip.save(zipped, "zipped.safetensors")
 """
 
-from .budget import Budget, Plan
 from .deploy.onnx import export_onnx
 from .errors import ZipError
-from .report import Report
+from .network.zipped import ZippedNetwork
+from .planning.budget import Budget, Plan
+from .reports.report import Report
 from .retraining.retrain import retrain
-from .save import load, save
-from .share import ZippedNetwork
+from .saving.save import load, save
 from .tradeoff import tradeoff
 from .zip import plan, zip_networks
 

@@ -209,7 +209,7 @@ def show(file: Path, page: Path | None) -> None:
     if page is None:
         click.echo(describe(file))
         return
-    from .page import write_page
+    from .reports.page import write_page
 
     write_page(page, describe_html(file))
     click.echo(f"wrote {page}: {page.stat().st_size:,} bytes; open it in a browser")

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .inputs import Batch, calibration_batches, device_of
-from .permute import verify_axes
 from .trace.analysis import Analysis
 from .trace.correspond import Correspondence, correspond
 from .trace.export import export
+from .trace.permute import verify_axes
 
 
 @dataclass

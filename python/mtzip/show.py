@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from . import safefile
-from .manifest import Manifest
-from .page import Stored, page
-from .report import Report
-from .report_table import columns, table
+from .reports.page import Stored, page
+from .reports.report import Report
+from .reports.table import columns, table
+from .saving import safefile
+from .saving.manifest import Manifest
 
 
 def describe(path: str | os.PathLike) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .budget import Budget
-from .share import ZippedNetwork
+from .network.zipped import ZippedNetwork
+from .planning.budget import Budget
 from .zip import zip_networks
 
 

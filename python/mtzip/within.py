@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .budget import Budget, Plan, counts_for_parameters, path_of_counts
-from .deploy.example import remembered
-from .execute import Execution
-from .orders import stored_orders
-from .plan import make_plan, plan_axes
+from .merging.execute import Execution
+from .merging.orders import stored_orders
+from .merging.sensitivity import sensitivities
+from .merging.sweep import Options, Sweep
+from .network.example import remembered
+from .network.zipped import ZippedNetwork
+from .planning.budget import Budget, Plan, counts_for_parameters, path_of_counts
+from .planning.plan import make_plan, plan_axes
 from .prepare import Prepared
-from .report import Private, Report
-from .sensitivity import sensitivities
-from .share import ZippedNetwork
-from .sweep import Options, Sweep
+from .reports.report import Private, Report
 from .trace.correspond import AxisGroup
 
 #: Samples of every task that the output error of a budget is measured on.

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import same_form
-from .budget import Budget, Plan
 from .distributed import Ranks, agree_, check_same, together
-from .plan import make_plan
+from .merging.sweep import Options
+from .network.zipped import ZippedNetwork, check_name
+from .planning.activations import same_form
+from .planning.budget import Budget, Plan
+from .planning.plan import make_plan
 from .prepare import prepare
-from .share import ZippedNetwork, check_name
-from .sweep import Options
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 
 METHODS = ("refit", "mtz", "average")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..assembly import assembled_anew
 from ..errors import ZipError, first_line
 from ..inputs import Batch
-from ..share import ZippedNetwork
-from .example import example_of
+from ..network.assembly import assembled_anew
+from ..network.example import example_of
+from ..network.zipped import ZippedNetwork
 
 
 class Calls(nn.Module):

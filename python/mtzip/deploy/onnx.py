@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import unknown_task
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 from .calls import Calls
 
 

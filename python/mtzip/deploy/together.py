@@ -21,7 +21,7 @@ from .calls import Calls, SameInput
 from .exporting import batch_sizes, exported
 
 if TYPE_CHECKING:
-    from ..share import ZippedNetwork
+    from ..network.zipped import ZippedNetwork
 
 LEAST = 0.05  # of the operations have to be common for a graph to be used
 MOST = 8  # times a network is traced

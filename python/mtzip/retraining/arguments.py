@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import unknown_task
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 
 CHOICES = {
     "distill": ("outputs", "features", "both"),

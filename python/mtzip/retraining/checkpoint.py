@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import safefile
+from ..saving import safefile
 from .tree import flatten, unflatten
 
 FORMAT = "mtzip retraining checkpoint"

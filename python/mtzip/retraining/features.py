@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 
 
 def orders_of(zipped: ZippedNetwork) -> Mapping[str, Mapping[str, Tensor]]:

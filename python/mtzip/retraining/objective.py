@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..inputs import Batch
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 from .features import captured, in_stored_order, linear_paths, orders_of
 from .losses import Loss, Spread, check_same_shape, distillation_loss, label_loss, output_tensor, relative_mse
 

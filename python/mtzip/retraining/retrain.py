@@ -11,7 +11,7 @@ import torch
 
 from ..distributed import Ranks
 from ..inputs import device_of
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 from .arguments import check
 from .balance import Balanced, Fixed
 from .checkpoint import Checkpoint, Termination, fingerprint

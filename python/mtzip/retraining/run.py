@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..distributed import Ranks
 from ..inputs import Batch, device_of
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 from .balance import Balanced, Fixed
 from .guard import Snapshot, all_finite
 from .history import History, Step, Validation

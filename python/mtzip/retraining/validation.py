@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..share import ZippedNetwork
+from ..network.zipped import ZippedNetwork
 from .guard import Snapshot, modes_kept, random_kept
 from .history import Validation
 

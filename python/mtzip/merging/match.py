@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mtz_ext
 
-from .layout import Run, merge_runs
+from ..network.layout import Run, merge_runs
 from .solve import JointSystem
 
 #: Ratios of the private scales that matching tries, with either sign: the gain is flat between them.

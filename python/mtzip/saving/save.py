@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..network.layout import Layout
+from ..network.leaf import replace_module
+from ..network.zipped import ZippedNetwork
 from . import safefile
-from .layout import Layout
-from .leaf import replace_module
 from .manifest import Manifest, leaf_class
-from .share import ZippedNetwork
 
 
 def save(zipped: ZippedNetwork, path: str | os.PathLike) -> None:

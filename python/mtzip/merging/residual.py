@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from .distributed import gathered_rows, total
+from ..distributed import gathered_rows, total
+from ..trace import rules
+from ..trace.analysis import Layer
 from .execute import Execution
 from .moments import Moment, Target, View, at_least_float32
 from .reconstruct import corrected
-from .trace import rules
-from .trace.analysis import Layer
 
 #: Operators between a layer and an addition that leave values as they are (in evaluation).
 _SAME = ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy")

@@ -1,4 +1,4 @@
-"""A :class:`~mtzip.report.Report` as a picture."""
+"""A :class:`~mtzip.reports.report.Report` as a picture."""
 
 from __future__ import annotations
 

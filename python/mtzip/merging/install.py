@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..network.layout import Layout, Run, pieces, totals
+from ..network.leaf import leaf_class, replace_module
 from .columns import Unknown
-from .layout import Layout, Run, pieces, totals
-from .leaf import leaf_class, replace_module
 from .merge import Part, Rows, positions
 from .moments import CONSTANT, cross_moment
 from .norms import refit_norm_, set_statistics_

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import mtz_ext
 
-from .distributed import gathered_rows, own_share, total
+from ..distributed import gathered_rows, own_share, total
 
 
 @dataclass

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import Run, merge_runs
+from ..network.layout import Run, merge_runs
+from ..trace.analysis import Analysis
+from ..trace.axes import Dim
+from ..trace.correspond import AxisGroup
 from .match import Slots
-from .trace.analysis import Analysis
-from .trace.axes import Dim
-from .trace.correspond import AxisGroup
 
 
 def dimension_runs(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .distributed import total
+from ..distributed import total
+from ..trace.analysis import Analysis, Norm
 from .moments import at_least_float32
-from .trace.analysis import Analysis, Norm
 
 
 def folded_affine(analysis: Analysis, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import merge
-from .columns import axis_rows
-from .match import Slots
-from .merge import Part, Systems
+from ..merging import merge
+from ..merging.columns import axis_rows
+from ..merging.match import Slots
+from ..merging.merge import Part, Systems
+from ..trace.correspond import AxisGroup, LayerGroup
 from .observe import Observed
-from .trace.correspond import AxisGroup, LayerGroup
 
 #: Axes wider than this keep their first pairing: matching one again costs seconds, and those inside a block are matched
 #: once more when the sweep arrives at them.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import unknown_task
+from ..errors import unknown_task
 from .layout import Layout
 from .leaf import leaves, replace_module
 
@@ -84,7 +84,7 @@ class ZippedNetwork(nn.Module):
         if isinstance(inputs, Mapping) and inputs and all(key in self.networks for key in inputs):
             return {task: self[task](value) for task, value in inputs.items()}
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            from .deploy.together import Together
+            from ..deploy.together import Together
 
             self._together = self._together or Together()
             outputs = self._together(self, inputs)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .columns import dimension_runs
-from .layout import Layout, Run
-from .leaf import LEAVES
-from .match import Slots, slots_of
-from .merge import place_of
-from .trace.analysis import Analysis, Layer
-from .trace.correspond import AxisGroup, Correspondence, LayerGroup
+from ..merging.columns import dimension_runs
+from ..merging.match import Slots, slots_of
+from ..merging.merge import place_of
+from ..network.layout import Layout, Run
+from ..network.leaf import LEAVES
+from ..trace.analysis import Analysis, Layer
+from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 
 
 class Arithmetic:

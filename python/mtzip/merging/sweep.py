@@ -15,24 +15,24 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from ..network.layout import Run
+from ..network.leaf import LEAVES
+from ..reports.report import AxisReport, LayerReport
+from ..trace.analysis import Analysis, Layer
+from ..trace.axes import Dim
+from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from . import install, merge
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
 from .grouped import GroupedPart, grouped_moments, kernel_difference, solve_grouped
-from .layout import Run
-from .leaf import LEAVES
 from .match import Slots
 from .merge import Part
 from .moments import Target, View, collect, enough
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .reconstruct import corrected, correction, following
-from .report import AxisReport, LayerReport
 from .residual import offset_target, skip_of
 from .sensitivity import row_weighting
 from .solve import automatic_damping
-from .trace.analysis import Analysis, Layer
-from .trace.axes import Dim
-from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 
 #: Positions to a column and samples that are enough for a layer's moments, and for a substitution that corrects them.
 MOMENT_SAMPLES = (64, 256)

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .columns import dimension_runs
-from .execute import Execution
-from .layout import Run
-from .match import Slots
-from .merge import Part, settle
-from .moments import Moment, Target, View, collect, enough
-from .norms import folded_affine
-from .solve import automatic_damping
-from .trace.analysis import Analysis, Layer
-from .trace.correspond import Correspondence, LayerGroup
+from ..merging.columns import dimension_runs
+from ..merging.execute import Execution
+from ..merging.match import Slots
+from ..merging.merge import Part, settle
+from ..merging.moments import Moment, Target, View, collect, enough
+from ..merging.norms import folded_affine
+from ..merging.solve import automatic_damping
+from ..network.layout import Run
+from ..trace.analysis import Analysis, Layer
+from ..trace.correspond import Correspondence, LayerGroup
 
 #: Positions to a column and samples that are enough to plan with.
 PLAN_SAMPLES = (16, 128)

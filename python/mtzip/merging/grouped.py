@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import mtz_ext
 
+from ..distributed import total
 from .columns import Unknown
-from .distributed import total
 from .install import Outputs
 from .merge import Part, Rows
 from .moments import Moment, Target, View, at_least_float32
@@ -24,7 +24,7 @@ from .moments import Moment, Target, View, at_least_float32
 
 @dataclass
 class GroupedPart(Part):
-    """A :class:`~mtzip.merge.Part` whose weight is [r, d] with the d columns of each row's group.
+    """A :class:`~mtzip.merging.merge.Part` whose weight is [r, d] with the d columns of each row's group.
 
     ``moment.mean`` is [g, d], ``moment.covariance`` [g, d, d], ``target.cross`` [g, d, r / g], all in stored
     order, as what the layer reads is.
@@ -104,7 +104,7 @@ def kernel_difference(first: Tensor, second: Tensor) -> Tensor:
 def solve_grouped(
     parts: Mapping[int, GroupedPart], rows: Mapping[int, Tensor], method: str
 ) -> tuple[Unknown, Tensor, dict[int, Rows]]:
-    """Rows that the tasks of ``rows`` store together, whole groups of them: as :func:`mtzip.merge.solve_rows`.
+    """Rows that the tasks of ``rows`` store together, whole groups of them: as :func:`mtzip.merging.merge.solve_rows`.
 
     Args:
         parts: of all tasks, rows in stored order.

@@ -94,7 +94,7 @@ class Report:
         return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
 
     def __str__(self) -> str:
-        from .report_table import table
+        from .table import table
 
         return table(self)
 
@@ -110,7 +110,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from .report_plot import plot
+        from .plot import plot
 
         return plot(self, path)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .distributed import total
+from ..distributed import total
+from ..trace import rules
+from ..trace.analysis import Analysis
 from .moments import Moment, Target, View, at_least_float32
-from .trace import rules
-from .trace.analysis import Analysis
 
 _POOLS = {"max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 

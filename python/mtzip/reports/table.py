@@ -1,4 +1,4 @@
-"""A :class:`~mtzip.report.Report` as text."""
+"""A :class:`~mtzip.reports.report.Report` as text."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .inputs import Batch
-from .trace.analysis import Analysis, Note
-from .trace.correspond import AxisGroup, Correspondence
+from ..inputs import Batch
+from .analysis import Analysis, Note
+from .correspond import AxisGroup, Correspondence
 
 #: Largest difference allowed relative to the largest output; float32 sums in another order stay far below. In half
 #: precision they do not: so many times the type's epsilon.

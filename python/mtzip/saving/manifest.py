@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import schema
-from .deploy import example
-from .inputs import Batch
-from .layout import Layout, totals
-from .leaf import SharedLayer, leaves
-from .leaf import leaf_class as class_of_leaf
-from .report import Report
-from .share import ZippedNetwork
+from ..inputs import Batch
+from ..network import example
+from ..network.layout import Layout, totals
+from ..network.leaf import SharedLayer, leaves
+from ..network.leaf import leaf_class as class_of_leaf
+from ..network.zipped import ZippedNetwork
+from ..reports import schema
+from ..reports.report import Report
 
 FORMAT, VERSION = "mtzip", 1
 

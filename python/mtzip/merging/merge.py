@@ -11,13 +11,13 @@ from torch import Tensor
 
 import mtz_ext
 
+from ..network.layout import Run
+from ..trace.analysis import Analysis, Layer
 from . import match
 from .columns import Unknown, unknown_columns
-from .layout import Run
 from .match import Slots
 from .moments import Moment, Target, View, cross_moment
 from .solve import JointSystem, Side, joint_rows
-from .trace.analysis import Analysis, Layer
 
 #: Alternations of rows and scales beyond the grid of ratios, for fully connected layers: they pay where no BatchNorm or
 #: activation-aware substitution follows.

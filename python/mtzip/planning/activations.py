@@ -15,14 +15,14 @@ from torch import Tensor
 
 import mtz_ext
 
-from .columns import axis_rows
-from .distributed import total
-from .execute import Execution
-from .inputs import Batch
-from .match import Slots, slots_of
-from .moments import CONSTANT, at_least_float32
-from .trace.analysis import Analysis, Layer
-from .trace.correspond import AxisGroup, Correspondence, LayerGroup
+from ..distributed import total
+from ..inputs import Batch
+from ..merging.columns import axis_rows
+from ..merging.execute import Execution
+from ..merging.match import Slots, slots_of
+from ..merging.moments import CONSTANT, at_least_float32
+from ..trace.analysis import Analysis, Layer
+from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 
 #: Correlation [n, m] of the neurons of two tasks (i < j) on one axis.
 Correlations = dict[tuple[int, int], Tensor]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .inputs import Batch
-from .leaf import SharedLayer
-from .permute import permute_
-from .trace.analysis import Analysis, Layer
+from ..inputs import Batch
+from ..network.leaf import SharedLayer
+from ..trace.analysis import Analysis, Layer
+from ..trace.permute import permute_
 
 Chunks = list[Any]
 

@@ -10,20 +10,20 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..distributed import own_share
+from ..inputs import Batch
+from ..merging.execute import Execution
+from ..merging.match import Slots
+from ..merging.moments import View
+from ..merging.sensitivity import sensitivities
+from ..prepare import Prepared
+from ..trace.analysis import Analysis
+from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from .activations import correlations, match_by_activations, same_form
 from .budget import Plan, PlannedAxis
 from .descend import Descent
-from .distributed import own_share
-from .execute import Execution
-from .inputs import Batch
-from .match import Slots
-from .moments import View
 from .observe import Observed, observe
-from .prepare import Prepared
-from .sensitivity import sensitivities
 from .stored import Arithmetic
-from .trace.analysis import Analysis
-from .trace.correspond import AxisGroup, Correspondence, LayerGroup
 
 #: Rounds of coordinate descent at most; later ones were seen to change the total by less than a hundredth.
 ROUNDS = 4

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .distributed import first_samples
-from .inputs import Batch
+from ..distributed import first_samples
+from ..inputs import Batch
+from ..trace.analysis import Analysis
 from .moments import at_least_float32
-from .trace.analysis import Analysis
 
 #: Least sensitivity relative to the layer's mean: a neuron that hardly matters today still keeps its place.
 FLOOR = 1e-2

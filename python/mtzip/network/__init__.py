@@ -1,0 +1,1 @@
+"""The zipped network: its leaves, the layout of their blocks, the container."""

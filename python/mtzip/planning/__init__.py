@@ -1,0 +1,1 @@
+"""Which neurons to pair and how many to share, before anything is merged."""

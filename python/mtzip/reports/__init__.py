@@ -1,0 +1,1 @@
+"""What a zip did: numbers, tables, pictures, pages."""
