@@ -256,7 +256,7 @@ def test_same_seed_same_rows(case):
 
 
 def test_table_and_file_hold_every_row(tmp_path):
-    row = Row("pair", "mtzip", "100%", 5, 1234567, 0.5, "1.00", "1.50", 0.5, 0.1, 1, "+3.18", 9.4)
+    row = Row("pair", "mtzip", "100%", 5, 1234567, 0.5, "1.00", "1.50", 0.5, 0.1, 1, "+3.18", 9.4, 0.7)
     text = table([row])
     assert "1,234,567" in text and "50.0%" in text and "+0.50 ± 0.10" in text and "+3.18" in text
     write_csv([row, row], tmp_path / "rows.csv")

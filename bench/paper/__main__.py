@@ -7,14 +7,17 @@ import dataclasses
 import importlib
 import os
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from . import largest_share
 from .methods import METHODS
 from .run import rows
 from .table import Row, table, write_csv
 
-EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "resnets")
+EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "resnets", "ablations", "largest-share")
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -29,34 +32,46 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, metavar="N", help="average N runs in place of the experiment's own number")
+    parser.add_argument("--steps", type=int, metavar="N", help="of retraining, in place of the experiment's own number")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, after each")
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    if options.steps is not None and options.steps < 0:
+        parser.error(f"--steps must be at least 0, got {options.steps}")
     chosen = tuple(options.methods.split(",")) if options.methods else None
     for unknown in set(chosen or ()) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {unknown!r}")
     if options.data:
         os.environ["MTZ_SHARED"] = options.data
-    experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     found: list[Row] = []
-    for case in experiment.cases(options.quick, options.ablations):
-        if options.only not in case.name:
-            continue
-        if chosen:
-            case = dataclasses.replace(case, methods=chosen)
-        if options.seeds:
-            case = dataclasses.replace(case, seeds=tuple(range(options.seeds)))
-        for row in rows(case):
-            found.append(row)
-            print(", ".join(row.cells), flush=True)
-            if options.csv:
-                write_csv(found, options.csv)
+    for row in _rows(options, chosen):
+        found.append(row)
+        print(", ".join(row.cells), flush=True)
+        if options.csv:
+            write_csv(found, options.csv)
     if not found:
         parser.error(f"--only must be part of the name of a case, got {options.only!r}")
     print(f"\n{table(found)}")
     return found
+
+
+def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterator[Row]:
+    """The rows of an experiment with what the command line changes of it."""
+    if options.name == "largest-share":
+        yield from largest_share.search(options.quick, options.steps)
+        return
+    experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
+    for case in experiment.cases(options.quick, options.ablations):
+        if options.only not in case.name:
+            continue
+        changes: dict[str, Any] = {"methods": chosen} if chosen else {}
+        if options.seeds:
+            changes["seeds"] = tuple(range(options.seeds))
+        if options.steps is not None:
+            changes["steps"] = options.steps
+        yield from rows(dataclasses.replace(case, **changes))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ trained from scratch is a zip of copies of an untrained network, separately prun
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import mtzip
 from mtzip.demo.train import evaluating
 
+from .ablated import equal_rows, euclidean_pairs, moment_of_pixels
 from .case import Case
 from .pruning import pruned
 
@@ -38,9 +40,24 @@ class Method:
     before: bool = True
 
 
-def zipped(**settings: Any) -> Callable[[Case, Images, int], mtzip.ZippedNetwork]:
-    """Zipping with settings of :func:`mtzip.zip_networks`."""
-    return lambda case, images, seed: mtzip.zip_networks(case.networks, images, share=case.share, **settings)
+def zipped(
+    without: Any = contextlib.nullcontext, **settings: Any
+) -> Callable[[Case, Images, int], mtzip.ZippedNetwork]:
+    """Zipping with settings of :func:`mtzip.zip_networks`, in a context of :mod:`bench.paper.ablated`."""
+
+    def make(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+        with without():
+            return mtzip.zip_networks(case.networks, images, share=case.share, **settings)
+
+    return make
+
+
+def planned(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """Zipping within a budget of as many parameters as the same share of every axis would store."""
+    few = {task: x[:200] for task, x in images.items()}
+    same = mtzip.zip_networks(case.networks, few, share=case.share).parameter_count()
+    total = sum(p.numel() for network in case.networks.values() for p in network.parameters())
+    return mtzip.zip_networks(case.networks, images, share=mtzip.Budget(parameters=same / total))
 
 
 def originals(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
@@ -122,6 +139,9 @@ METHODS: dict[str, Method] = {
     "pruned": Method(pruned_apart),
     # Ablations: one idea changed at a time.
     "no refit": Method(zipped(method="mtz")),
+    "no refit, pixel moments": Method(zipped(moment_of_pixels, method="mtz")),
+    "Euclidean pairs": Method(zipped(euclidean_pairs)),
+    "rows count alike": Method(zipped(equal_rows)),
     "greedy": Method(zipped(matching="greedy")),
     "by activations": Method(zipped(matching="activation")),
     "no affine": Method(zipped(affine=False)),
@@ -131,5 +151,8 @@ METHODS: dict[str, Method] = {
     "no distillation": Method(zipped(), lambda case: {"teachers": {}}),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
 }
+#: For a part of the neurons only: everything shared leaves nothing to plan.
+PLANNING = ("mtzip", "planned")
+METHODS["planned"] = Method(planned)
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
-ABLATIONS = tuple(name for name in METHODS if name not in BASELINES)
+ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING))

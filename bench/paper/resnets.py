@@ -1,20 +1,30 @@
-"""Residual networks: two ResNet-20 of the same task, and of different tasks."""
+"""Residual networks: two ResNet-20 of the same task, of different tasks, and three and four at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mtzip.demo.recipes import trained
+from mtzip.demo.train import Recipe
+
 from .. import data
-from ..networks import pretrained
+from ..networks import CifarResNet, pretrained
 from .case import Case
 from .methods import ABLATIONS, BASELINES
 
 PAPER = "effective (no figure for this pair)"
 STEPS = 300  # of batch 128 a task
+SEVERAL_STEPS = 100  # where three and four networks are zipped
+FASHION = Recipe(epochs=2, rate=0.1)  # minutes; for the network that there are no weights of
+
+
+def resnet20(classes: int) -> CifarResNet:
+    """ResNet-20, under a name that the cache of trained networks can use."""
+    return CifarResNet(3, classes)
 
 
 def cases(quick: bool, ablations: bool) -> Iterator[Case]:
-    """Two CIFAR-10 networks at 90 %; CIFAR-10 and GTSRB with the whole trunk shared, without a step."""
+    """Two CIFAR-10 networks at 90 %; CIFAR-10 and GTSRB with the whole trunk shared, without a step; then several."""
     cifar = data.task("cifar10", data.cifar10, data.IMAGENET)
     methods = ("originals", "mtzip", "average", "permuted") if quick else BASELINES
     methods = ("mtzip", *ABLATIONS) if ablations else methods
@@ -30,3 +40,31 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
         name for name in methods if name not in ("from scratch", "pruned", "no distillation", "features too")
     )
     yield Case("ResNet-20 CIFAR-10 + GTSRB", networks, tasks, PAPER, at_once, 1.0, **recipe)
+    if not ablations:
+        yield from _several(quick, cifar, signs)
+
+
+def _several(quick: bool, cifar: data.Task, signs: data.Task) -> Iterator[Case]:
+    """Two, three and four networks zipped jointly, at 90 % and 100 %."""
+    fashion = data.task("fashion", data.fashion_colour, data.FASHION)
+    networks = {
+        "cifar10": pretrained("resnet20-cifar10/a"),
+        "gtsrb": pretrained("resnet20-gtsrb/a"),
+        "fashion": trained(resnet20, fashion, 1, FASHION),
+        "cifar10 b": pretrained("resnet20-cifar10/b"),
+    }
+    tasks = {"cifar10": cifar, "gtsrb": signs, "fashion": fashion, "cifar10 b": cifar}
+    recipe = {"calibration": 1000, "shift": 3, "flips": ("cifar10", "cifar10 b", "fashion")}
+    for count in (3,) if quick else (2, 3, 4):
+        names = list(networks)[:count]
+        for share in (0.9, 1.0):
+            yield Case(
+                f"{count} ResNet-20: {', '.join(names)}",
+                {name: networks[name] for name in names},
+                {name: tasks[name] for name in names},
+                PAPER,
+                ("mtzip",),
+                share,
+                0 if quick else SEVERAL_STEPS,
+                **recipe,
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import mtzip
@@ -46,7 +46,7 @@ def rows(case: Case) -> Iterator[Row]:
             yield Row(
                 case.name,
                 name,
-                f"{case.share:.0%}" if isinstance(case.share, float) else ", ".join(case.share),
+                _share(case.share),
                 steps,
                 round(statistics.mean(stage.stored)),
                 statistics.mean(stage.stored) / total,
@@ -56,6 +56,7 @@ def rows(case: Case) -> Iterator[Row]:
                 len(case.seeds),
                 case.paper,
                 statistics.mean(stage.seconds),
+                max(100 * (after[task] - before[task]).mean().item() for task in case.tasks),
             )
 
 
@@ -63,6 +64,12 @@ def _measure(stage: _Stage, zipped: mtzip.ZippedNetwork, case: Case, seconds: fl
     stage.found.append(measure.wrong({task: zipped[task] for task in zipped}, case.tasks))
     stage.stored.append(zipped.parameter_count())
     stage.seconds.append(seconds)
+
+
+def _share(share: float | Mapping[str, float] | mtzip.Budget) -> str:
+    if isinstance(share, mtzip.Budget):
+        return f"budget {share.parameters:.1%}"
+    return f"{share:.0%}" if isinstance(share, float) else ", ".join(share)
 
 
 def _listed(errors: dict[str, float]) -> str:

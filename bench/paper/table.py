@@ -29,6 +29,7 @@ class Row:
         seeds: how many runs were averaged.
         paper: what the paper reports.
         seconds: for zipping and retraining, a seed.
+        worst: largest increase of a task, percentage points.
     """
 
     case: str
@@ -44,18 +45,19 @@ class Row:
     seeds: int
     paper: str
     seconds: float
+    worst: float
 
     @property
     def cells(self) -> list[str]:
         """What the table shows, in the order of :data:`HEAD`."""
         rise = f"{self.increase:+.2f} ± {self.standard_error:.2f}"
         size = f"{self.stored:,}", f"{self.fraction:.1%}"
-        ends = f"{self.seeds}", f"{self.seconds:.0f}", self.paper
+        ends = f"{self.worst:+.2f}", f"{self.seeds}", f"{self.seconds:.0f}", self.paper
         return [self.case, self.method, self.share, f"{self.steps}", *size, self.original, self.errors, rise, *ends]
 
 
 HEAD = ["case", "method", "shared", "steps", "stored", "of all"]
-HEAD += ["originals, error %", "error %", "mean increase", "seeds", "s", "paper"]
+HEAD += ["originals, error %", "error %", "mean increase", "worst", "seeds", "s", "paper"]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,0 +1,101 @@
+"""python -m bench.paper.draw NAME FILE.csv PICTURE: the picture of an experiment's rows as the command wrote them.
+
+``ablations`` draws the mean increase of every method, before and after retraining; ``several`` the increase of the mean
+and of the worst task against the number of networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BEFORE, AFTER, GIVEN = "#c9ccd1", "#2f6f9f", "#8c4a86"
+
+Rows = Sequence[dict[str, str]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.paper.draw", description=__doc__)
+    parser.add_argument("name", choices=sorted(DRAWN), help="what to draw")
+    parser.add_argument("file", help="written by python -m bench.paper NAME --csv")
+    parser.add_argument("picture", help="file to write, PNG or SVG")
+    options = parser.parse_args(arguments)
+    with open(options.file, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        parser.error(f"{options.file} must have rows, got none")
+    figure = DRAWN[options.name](rows)
+    figure.savefig(options.picture)
+
+
+def ablations(rows: Rows) -> Figure:
+    """A panel a pair: a line an ablation, its mean increase with no step and after them."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = _figure(6.2 * len(cases), 0.9 + 0.36 * max(len(_methods(rows, case)) for case in cases))
+    for panel, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        methods = _methods(rows, case)
+        last = max(int(row["steps"]) for row in rows if row["case"] == case)
+        for steps, shift, color in ((0, -0.19, BEFORE), (last, 0.19, AFTER))[: 1 + bool(last)]:
+            found = {row["method"]: row for row in rows if row["case"] == case and int(row["steps"]) == steps}
+            places = [at + shift for at, method in enumerate(methods) if method in found]
+            chosen = [found[method] for method in methods if method in found]
+            panel.barh(
+                places,
+                [float(row["increase"]) for row in chosen],
+                0.36,
+                xerr=[float(row["standard_error"]) for row in chosen],
+                color=color,
+                label=f"{steps} steps",
+            )
+        panel.set_yticks(range(len(methods)), methods)
+        panel.invert_yaxis()
+        panel.set_xscale("symlog", linthresh=1)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_title(case, fontsize=10)
+        panel.set_xlabel("mean increase of the test error, percentage points")
+        panel.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def several(rows: Rows) -> Figure:
+    """Mean and worst increase against the number of networks, a line a share."""
+    figure = _figure(6.2, 3.6)
+    panel = figure.subplots()
+    of_several = [row for row in rows if row["original"].count("/") >= 1]
+    last = {}
+    for row in of_several:
+        last[row["share"], row["original"].count("/") + 1] = row  # the row after most steps comes last
+    for share, color in zip(sorted({share for share, _ in last}), (AFTER, GIVEN), strict=False):
+        counts = sorted(count for s, count in last if s == share)
+        for field, style in (("increase", "o-"), ("worst", "o:")):
+            values = [float(last[share, count][field]) for count in counts]
+            label = f"{share}, {'mean' if field == 'increase' else 'worst'} of the tasks"
+            panel.plot(counts, values, style, color=color, label=label)
+    panel.set_xlabel("networks zipped jointly")
+    panel.set_ylabel("increase of the test error, points")
+    panel.set_xticks(sorted({count for _, count in last}))
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8)
+    return figure
+
+
+DRAWN = {"ablations": ablations, "several": several}
+
+
+def _methods(rows: Rows, case: str) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows if row["case"] == case))
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot's: nothing to close, no display needed
+    return figure
+
+
+if __name__ == "__main__":
+    main()
