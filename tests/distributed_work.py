@@ -26,6 +26,9 @@ from mtzip.retraining.retrain import retrain
 
 STEPS = 5
 
+#: Errors that zips may have, and that one process's part of the inputs would choose another zip for.
+BUDGETS = (0.005, 0.05)
+
 
 def batches(rank: int, size: int) -> dict[str, list]:
     """Batches of 12 samples a task, of which a process takes every ``size``-th sample."""
@@ -109,6 +112,20 @@ def zipped_together(name: str, rank: int, size: int, **arguments) -> dict[str, t
     return outputs | dict(zipped.state_dict()) | {"errors": errors}
 
 
+def within_budget(rank: int, size: int, error: float) -> dict[str, torch.Tensor]:
+    """What a zip to a budget of error stores and measures, each process with inputs of another size."""
+    networks = {task: seeded(lambda: mlp(6, (12, 9), 3), seed).double() for seed, task in enumerate("ab")}
+    inputs = {}
+    for seed, task in enumerate("ab", start=5):
+        inputs[task] = noise(400, 6, seed=seed, dtype=torch.float64)
+        inputs[task][1::2] *= 0.1  # those of the second process of two
+    zipped = mtzip.zip_networks(
+        networks, {task: x[rank::size] for task, x in inputs.items()}, mtzip.Budget(error=error)
+    )
+    measured = torch.tensor(list(zipped.report.output_error.values()), dtype=torch.float64)
+    return {"output errors": measured, "stored": torch.tensor(zipped.report.parameters_after)}
+
+
 def refused(rank: int, size: int) -> list[str]:
     """Messages where the processes do not have the same networks, or arguments."""
     messages = []
@@ -159,6 +176,7 @@ def everything(rank: int, size: int, folder: Path) -> dict[str, object]:
         "zip by activation": zipped_together("residual", rank, size, matching="activation", reconstructions=1),
         "zip mtz": zipped_together("mlp", rank, size, method="mtz", share=0.5),
         "zip alone": zipped_together("mlp", 0, 1, distributed=False),
+        "budget": {error: within_budget(rank, size, error) for error in BUDGETS},
         "refused": refused(rank, size),
         "retrained": retrained(rank, size),
         "features": retrained(rank, size, distill="both"),

@@ -75,6 +75,14 @@ def test_a_part_of_the_data_alone_gives_another_zip():
     assert (half["outputs of a"] - whole["outputs of a"]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("error", work.BUDGETS)
+def test_a_budget_of_error_is_measured_on_the_inputs_of_all(found, error):
+    assert_same(found[0]["budget"][error], found[1]["budget"][error])
+    expected = work.within_budget(0, 1, error)
+    assert_near(found[0]["budget"][error], expected)
+    assert work.within_budget(1, 2, error)["stored"] != expected["stored"]  # what its own inputs alone would choose
+
+
 def test_processes_with_different_networks_or_arguments_are_refused(found):
     for rank in range(2):
         weights, arguments = found[rank]["refused"]

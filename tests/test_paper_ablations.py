@@ -14,8 +14,9 @@ import mtzip
 from bench.paper import __main__ as command
 from bench.paper import ablated, ablations, largest_share, methods, resnets, run, vgg_16
 from bench.paper.case import Case
-from mtzip import merge, sweep, within
+from mtzip import within
 from mtzip.demo.tasks import Task
+from mtzip.merging import merge, sweep
 
 
 class Net(nn.Module):

@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mtzip import merge, sweep, within
-from mtzip.moments import Moment, View
+from mtzip import within
+from mtzip.merging import merge, sweep
+from mtzip.merging.moments import Moment, View
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .distributed import own_share, total
 from .merging.execute import Execution
 from .merging.orders import stored_orders
 from .merging.sensitivity import sensitivities
@@ -117,13 +118,16 @@ def note_plan(result: ZippedNetwork, made: Plan) -> ZippedNetwork:
 
 
 def output_errors(zipped: ZippedNetwork, prepared: Prepared) -> dict[str, float]:
-    """Task to relative output error on calibration inputs: mean squared change of the outputs over their variance."""
+    """Task to relative output error on calibration inputs: mean squared change of the outputs over their variance.
+
+    Over the inputs of all processes, so that all take the same way through a budget.
+    """
     found = {}
     for task, analysis, chunks in zip(prepared.tasks, prepared.analyses, prepared.chunks, strict=True):
         exported, network = analysis.exported, copy.deepcopy(zipped[task]).eval()
         pairs, taken = [], 0
         for batch in chunks:
-            if taken >= ERROR_SAMPLES:
+            if taken >= own_share(ERROR_SAMPLES):
                 break
             taken += batch.size
             with torch.no_grad():
@@ -131,7 +135,8 @@ def output_errors(zipped: ZippedNetwork, prepared: Prepared) -> dict[str, float]
         change = variance = 0.0
         for wanted, got in (map(torch.cat, zip(*leaves, strict=True)) for leaves in zip(*pairs, strict=True)):
             wanted, got = wanted.double(), got.double()
-            change += float((got - wanted).square().sum())
-            variance += float((wanted - wanted.mean(0)).square().sum())
+            mean = total(wanted.sum(0)) / total(len(wanted))
+            change += total(float((got - wanted).square().sum()))
+            variance += total(float((wanted - mean).square().sum()))
         found[task] = change / variance if variance > 0 else change
     return found
