@@ -5,15 +5,7 @@ with several outputs. An operator without a rule pins the atoms of its inputs, s
 private, and is noted: never an error, never a silent guess.
 """
 
-from . import (
-    attention,
-    elementwise,
-    layers,
-    norms,
-    pieces,
-    reduce,
-    reshape,  # noqa: F401  (they register rules)
-)
+from . import attention, elementwise, layers, norms, pieces, reduce, reshape  # noqa: F401  (they register rules)
 from .elementwise import pointwise, same_shape
 from .registry import RULES, Rule, find, name_of, rule
 
