@@ -15,6 +15,8 @@ from .permute import verify_axes
 from .trace.analysis import Analysis
 from .trace.correspond import Correspondence, correspond
 from .trace.export import export
+from .trace.given import Given
+from .trace.select import Select
 
 
 @dataclass
@@ -37,23 +39,34 @@ class Prepared:
     sensitivities: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
-def prepare(networks: Mapping[str, nn.Module], inputs: Mapping[str, Any], samples: int | None) -> Prepared:
+def prepare(
+    networks: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    samples: int | None,
+    correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
+) -> Prepared:
     """Traces every network, finds the axes they have in common and proves that they may be reordered.
 
     Args:
         networks: task to network.
         inputs: task to calibration inputs.
         samples: most of them to take.
+        correspondence: layers that answer to each other, task to path, where the walk over the graphs is not to say.
+        outputs: task to what of its output counts; None, and a task not named, chooses by itself.
     """
     clock = time.perf_counter()
     tasks = list(networks)
     batches = [calibration_batches(t, inputs[t], samples, device_of(networks[t])) for t in tasks]
-    analyses = [Analysis(export(t, networks[t], chunks[0])) for t, chunks in zip(tasks, batches, strict=True)]
-    correspondence = correspond(analyses)
+    select = dict(outputs or {})
+    analyses = [
+        Analysis(export(t, networks[t], chunks[0], select.get(t))) for t, chunks in zip(tasks, batches, strict=True)
+    ]
+    found = correspond(analyses, correspondence)
     for task, analysis in enumerate(analyses):
-        verify_axes(analysis, task, correspondence)
+        verify_axes(analysis, task, found)
     chunks = [_chunks(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
-    return Prepared(tasks, analyses, correspondence, chunks, time.perf_counter() - clock)
+    return Prepared(tasks, analyses, found, chunks, time.perf_counter() - clock)
 
 
 def _chunks(analysis: Analysis, batches):

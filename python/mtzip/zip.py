@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .plan import make_plan
 from .prepare import prepare
 from .share import ZippedNetwork, check_name
 from .sweep import Options
+from .trace.given import Given
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 
 METHODS = ("refit", "mtz", "average")
@@ -32,6 +33,7 @@ def zip_networks(
     damping: float | None = None,
     reconstructions: int = 0,
     samples: int | None = None,
+    correspondence: Sequence[Given] | None = None,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -61,6 +63,10 @@ def zip_networks(
             each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
             Convolutions with many positions a sample take their moments from the first few hundred of them.
+        correspondence: which layers answer to each other, where the graphs walked in parallel say it otherwise: a
+            list of mappings from task name to layer path, one for every group, as in ``[{"a": "fc1", "b": "fc2"}]``.
+            A layer named there leaves the group the walk put it in, and the walk goes on behind those paired; one named
+            alone (or beside ``None``) stays private.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -71,13 +77,15 @@ def zip_networks(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+        KeyError: a task that there is none of, in ``correspondence``.
         ZipError: a network cannot be traced.
         RuntimeError: another process of the group is gone.
     """
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
     ranks = Ranks(distributed)
-    check_same(ranks, networks, repr((list(networks), share, method, matching, affine, damping, reconstructions)))
-    prepared = prepare(networks, inputs, samples)
+    settings = list(networks), share, method, matching, affine, damping, reconstructions, correspondence
+    check_same(ranks, networks, repr(settings))
+    prepared = prepare(networks, inputs, samples, correspondence)
     if matching == "activation" and not same_form(prepared.analyses):
         raise ValueError(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
@@ -109,11 +117,12 @@ def plan(
     affine: bool = True,
     damping: float | None = None,
     samples: int | None = None,
+    correspondence: Sequence[Given] | None = None,
 ) -> Plan:
     """What :func:`zip_networks` would share, and what each axis is predicted to cost, without merging anything.
 
     Args:
-        networks, inputs, matching, affine, damping, samples: as in :func:`zip_networks`.
+        networks, inputs, matching, affine, damping, samples, correspondence: as in :func:`zip_networks`.
         share: as there; of a ``Budget(error=...)`` the predicted error is taken, which adds up the errors of single
             layers and is rough: zipping to that budget measures.
 
@@ -121,7 +130,7 @@ def plan(
         A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
     """
     _check(networks, inputs, share, "refit", matching, damping, 0, samples)
-    prepared = prepare(networks, inputs, samples)
+    prepared = prepare(networks, inputs, samples, correspondence)
     made = make_plan(prepared, affine, matching, damping)
     if isinstance(share, Budget):
         made.counts = predicted_counts(share, made)
