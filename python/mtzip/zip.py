@@ -11,11 +11,13 @@ from torch import nn
 from .activations import same_form
 from .budget import Budget, Plan
 from .distributed import Ranks, agree_, check_same, together
+from .errors import unknown_task
 from .plan import make_plan
 from .prepare import prepare
 from .share import ZippedNetwork, check_name
 from .sweep import Options
 from .trace.given import Given
+from .trace.select import Select
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 
 METHODS = ("refit", "mtz", "average")
@@ -34,6 +36,7 @@ def zip_networks(
     reconstructions: int = 0,
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -67,6 +70,9 @@ def zip_networks(
             list of mappings from task name to layer path, one for every group, as in ``[{"a": "fc1", "b": "fc2"}]``.
             A layer named there leaves the group the walk put it in, and the walk goes on behind those paired; one named
             alone (or beside ``None``) stays private.
+        outputs: task to what of its network's output counts: a name (of a dict, ``ModelOutput`` or dataclass), an
+            index, or a function of the output. A task not named, or ``None``, takes plain tensors as they are, and logits of
+            other objects. Only what counts is kept right; retraining and :func:`mtzip.export_onnx` take it too.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -77,15 +83,26 @@ def zip_networks(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        KeyError: a task that there is none of, in ``correspondence``.
+        KeyError: a task that there is none of, in ``correspondence`` or ``outputs``.
         ZipError: a network cannot be traced.
         RuntimeError: another process of the group is gone.
     """
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
+    _check_outputs(outputs, networks)
     ranks = Ranks(distributed)
-    settings = list(networks), share, method, matching, affine, damping, reconstructions, correspondence
+    settings = (
+        list(networks),
+        share,
+        method,
+        matching,
+        affine,
+        damping,
+        reconstructions,
+        correspondence,
+        _named(outputs),
+    )
     check_same(ranks, networks, repr(settings))
-    prepared = prepare(networks, inputs, samples, correspondence)
+    prepared = prepare(networks, inputs, samples, correspondence, outputs)
     if matching == "activation" and not same_form(prepared.analyses):
         raise ValueError(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
@@ -103,6 +120,7 @@ def zip_networks(
             result = zip_prepared(prepared, networks, options)
             if isinstance(share, Plan):
                 note_plan(result, share)
+    result.outputs = {task: select for task, select in (outputs or {}).items() if select is not None}
     orders = {task: {path: o.tolist() for path, o in paths.items()} for task, paths in result.orders.items()}
     agree_(ranks, result, repr((result.layouts(), orders)))
     return result
@@ -118,11 +136,12 @@ def plan(
     damping: float | None = None,
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
 ) -> Plan:
     """What :func:`zip_networks` would share, and what each axis is predicted to cost, without merging anything.
 
     Args:
-        networks, inputs, matching, affine, damping, samples, correspondence: as in :func:`zip_networks`.
+        networks, inputs, matching, affine, damping, samples, correspondence, outputs: as in :func:`zip_networks`.
         share: as there; of a ``Budget(error=...)`` the predicted error is taken, which adds up the errors of single
             layers and is rough: zipping to that budget measures.
 
@@ -130,7 +149,8 @@ def plan(
         A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
     """
     _check(networks, inputs, share, "refit", matching, damping, 0, samples)
-    prepared = prepare(networks, inputs, samples, correspondence)
+    _check_outputs(outputs, networks)
+    prepared = prepare(networks, inputs, samples, correspondence, outputs)
     made = make_plan(prepared, affine, matching, damping)
     if isinstance(share, Budget):
         made.counts = predicted_counts(share, made)
@@ -173,3 +193,26 @@ def _check(networks, inputs, share, method, matching, damping, reconstructions, 
         for path, parameter in network.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
+
+
+def _check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:
+    if outputs is None:
+        return
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"outputs must be a mapping from task name to what counts, got {type(outputs).__name__}; "
+            "write {'a': 'logits'}"
+        )
+    for task, select in outputs.items():
+        if task not in networks:
+            raise unknown_task("outputs", task, networks)
+        if isinstance(select, bool) or not (select is None or isinstance(select, (str, int)) or callable(select)):
+            raise TypeError(
+                f"outputs[{task!r}] must be a name, an index, a function of the output or None, "
+                f"got {type(select).__name__}"
+            )
+
+
+def _named(outputs: Mapping[str, Select] | None) -> dict[str, Any]:
+    """What is the same in every process: functions by their name, without their address."""
+    return {t: getattr(s, "__qualname__", "function") if callable(s) else s for t, s in (outputs or {}).items()}
