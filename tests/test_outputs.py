@@ -140,9 +140,9 @@ REFUSED = [
     ({"c": 1}, KeyError, "outputs must be one of 'a', 'b', got 'c'"),
     ({"a": True}, TypeError, r"outputs\['a'\] must be a name, an index"),
     ({"a": 1.0}, TypeError, r"outputs\['a'\] must be a name, an index"),
-    ({"a": "masks"}, ValueError, r"outputs\['a'\] must be .* got 'masks' for ModelOutput.*'logits', 'boxes'"),
-    ({"a": 7}, ValueError, r"outputs\['a'\] must be .* got 7 for ModelOutput"),
-    ({"a": lambda output: None}, ValueError, r"outputs\['a'\] must select at least one floating-point tensor"),
+    ({"a": "masks"}, mtzip.ZipError, r"outputs\['a'\] must be .* got 'masks' for ModelOutput.*'logits', 'boxes'"),
+    ({"a": 7}, mtzip.ZipError, r"outputs\['a'\] must be .* got 7 for ModelOutput"),
+    ({"a": lambda output: None}, mtzip.ZipError, r"outputs\['a'\] must select at least one floating-point tensor"),
 ]
 
 
@@ -155,5 +155,5 @@ def test_refusals(outputs, error, message):
 def test_a_network_of_one_tensor_has_nothing_to_choose_by_number():
     """Index 0 of a tensor would be its first sample."""
     networks = {task: seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))) for task in "ab"}
-    with pytest.raises(ValueError, match="puts out one tensor, got 0"):
+    with pytest.raises(mtzip.ZipError, match="network that puts out one tensor, got 0"):
         mtzip.zip_networks(networks, X, outputs={"a": 0})

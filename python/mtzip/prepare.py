@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .inputs import Batch, calibration_batches, device_of
+from .memory import Need, need, sized
 from .permute import verify_axes
 from .trace.analysis import Analysis
 from .trace.correspond import Correspondence, correspond
@@ -28,6 +29,8 @@ class Prepared:
         analyses: their graphs and axes.
         correspondence: which layer and axis of one answers to which of another.
         chunks: calibration batches of every task.
+        need: memory that zipping them takes.
+        limit: bytes of activations to keep in memory, None for all.
         seconds: what tracing took.
     """
 
@@ -35,6 +38,8 @@ class Prepared:
     analyses: Sequence[Analysis]
     correspondence: Correspondence
     chunks: Sequence[list[Batch]]
+    need: Need
+    limit: int | None = None
     seconds: float = 0.0
     sensitivities: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
@@ -66,14 +71,14 @@ def prepare(
     for task, analysis in enumerate(analyses):
         verify_axes(analysis, task, found)
     chunks = [_chunks(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
-    return Prepared(tasks, analyses, found, chunks, time.perf_counter() - clock)
+    return Prepared(tasks, analyses, found, chunks, need(analyses, chunks), None, time.perf_counter() - clock)
 
 
 def _chunks(analysis: Analysis, batches):
-    """Calibration chunks; of the traced size where the graph insists on one."""
+    """Calibration chunks of a size that memory has room for; of the traced size where the graph insists on one."""
     fixed = analysis.exported.fixed_batch
     if fixed is None:
-        return batches
+        return sized(analysis, batches)
     pieces = [batch.narrow(at, fixed) for batch in batches for at in range(0, batch.size - fixed + 1, fixed)]
     if not pieces:
         raise ValueError(

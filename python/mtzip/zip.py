@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .activations import same_form
 from .budget import Budget, Plan
 from .distributed import Ranks, agree_, check_same, together
 from .errors import unknown_task
+from .inputs import device_of
+from .memory import bytes_of, limit_of, shown
 from .plan import make_plan
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .share import ZippedNetwork, check_name
 from .sweep import Options
 from .trace.given import Given
 from .trace.select import Select
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
+
+_log = logging.getLogger("mtzip")
 
 METHODS = ("refit", "mtz", "average")
 MATCHINGS = ("optimal", "greedy", "activation")
@@ -37,6 +43,7 @@ def zip_networks(
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
     outputs: Mapping[str, Select] | None = None,
+    memory: int | float | str | None = None,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -71,8 +78,11 @@ def zip_networks(
             A layer named there leaves the group the walk put it in, and the walk goes on behind those paired; one named
             alone (or beside ``None``) stays private.
         outputs: task to what of its network's output counts: a name (of a dict, ``ModelOutput`` or dataclass), an
-            index, or a function of the output. A task not named, or ``None``, takes plain tensors as they are, and logits of
-            other objects. Only what counts is kept right; retraining and :func:`mtzip.export_onnx` take it too.
+            index, or a function of the output. A task not named, or ``None``, takes plain tensors as they are, and
+            of other objects the logits. Only what counts is kept right, retrained for and exported.
+        memory: bytes, or a text such as "4GB", that activations, moments and factors of calibration may take beside the
+            networks and the inputs; None for half of what is free. Activations beyond it go to a temporary folder (in
+            ``TMPDIR``), which changes no result. On a GPU it is the GPU's memory. The report has what was needed.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -89,6 +99,7 @@ def zip_networks(
     """
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
     _check_outputs(outputs, networks)
+    allowed = bytes_of(memory)
     ranks = Ranks(distributed)
     settings = (
         list(networks),
@@ -103,6 +114,7 @@ def zip_networks(
     )
     check_same(ranks, networks, repr(settings))
     prepared = prepare(networks, inputs, samples, correspondence, outputs)
+    _fit(prepared, allowed, progress and ranks.rank == 0)
     if matching == "activation" and not same_form(prepared.analyses):
         raise ValueError(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
@@ -137,26 +149,42 @@ def plan(
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
     outputs: Mapping[str, Select] | None = None,
+    memory: int | float | str | None = None,
 ) -> Plan:
     """What :func:`zip_networks` would share, and what each axis is predicted to cost, without merging anything.
 
     Args:
-        networks, inputs, matching, affine, damping, samples, correspondence, outputs: as in :func:`zip_networks`.
+        networks, inputs, matching, affine, damping, samples, correspondence, outputs, memory: as in
+            :func:`zip_networks`.
         share: as there; of a ``Budget(error=...)`` the predicted error is taken, which adds up the errors of single
             layers and is rough: zipping to that budget measures.
 
     Returns:
         A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
     """
+    allowed = bytes_of(memory)
     _check(networks, inputs, share, "refit", matching, damping, 0, samples)
     _check_outputs(outputs, networks)
     prepared = prepare(networks, inputs, samples, correspondence, outputs)
+    _fit(prepared, allowed, False)
     made = make_plan(prepared, affine, matching, damping)
     if isinstance(share, Budget):
         made.counts = predicted_counts(share, made)
     else:
         made.counts = counts_of(share.counts if isinstance(share, Plan) else share, prepared.correspondence.axes)
     return made
+
+
+def _fit(prepared: Prepared, memory: int | None, progress: bool) -> None:
+    """Says what is needed, and how much of it may stay in memory."""
+    device = device_of(prepared.analyses[0].exported.network)
+    prepared.limit = limit_of(memory, prepared.need, device)
+    allowed = prepared.limit + prepared.need.working
+    beyond = "; what is beyond goes to disk" if prepared.need.total > allowed else ""
+    text = f"estimated memory {shown(prepared.need.total)} of {shown(allowed)}, {prepared.need.samples} samples{beyond}"
+    _log.info(text)
+    if progress:
+        tqdm.write(text)
 
 
 def _check(networks, inputs, share, method, matching, damping, reconstructions, samples) -> None:

@@ -97,13 +97,13 @@ def _check_select(task: str, network: nn.Module, example: Batch, select: Select)
         leaves = pytree.tree_leaves(selected(output, select))
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise ValueError(
+        raise ZipError(
             f"outputs[{task!r}] must be a name, index or function that fits what the network puts out, got {select!r} "
             f"for {type(output).__name__}: {text}"
         ) from error
     if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         found = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
-        raise ValueError(
+        raise ZipError(
             f"outputs[{task!r}] must select at least one floating-point tensor, got {found} by {select!r}; "
             "choose another part of the output"
         )
