@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from .inputs import Batch, calibration_batches, device_of
+from .memory import Need, need, sized
 from .trace.analysis import Analysis
 from .trace.correspond import Correspondence, correspond
 from .trace.export import export
+from .trace.given import Given
 from .trace.permute import verify_axes
+from .trace.select import Select
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Prepared:
         analyses: their graphs and axes.
         correspondence: which layer and axis of one answers to which of another.
         chunks: calibration batches of every task.
+        need: memory that zipping them takes.
+        limit: bytes of activations to keep in memory, None for all.
         seconds: what tracing took.
     """
 
@@ -33,34 +38,47 @@ class Prepared:
     analyses: Sequence[Analysis]
     correspondence: Correspondence
     chunks: Sequence[list[Batch]]
+    need: Need
+    limit: int | None = None
     seconds: float = 0.0
     sensitivities: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
-def prepare(networks: Mapping[str, nn.Module], inputs: Mapping[str, Any], samples: int | None) -> Prepared:
+def prepare(
+    networks: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    samples: int | None,
+    correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
+) -> Prepared:
     """Traces every network, finds the axes they have in common and proves that they may be reordered.
 
     Args:
         networks: task to network.
         inputs: task to calibration inputs.
         samples: most of them to take.
+        correspondence: layers that answer to each other, task to path, where the walk over the graphs is not to say.
+        outputs: task to what of its output counts; None, and a task not named, chooses by itself.
     """
     clock = time.perf_counter()
     tasks = list(networks)
     batches = [calibration_batches(t, inputs[t], samples, device_of(networks[t])) for t in tasks]
-    analyses = [Analysis(export(t, networks[t], chunks[0])) for t, chunks in zip(tasks, batches, strict=True)]
-    correspondence = correspond(analyses)
+    select = dict(outputs or {})
+    analyses = [
+        Analysis(export(t, networks[t], chunks[0], select.get(t))) for t, chunks in zip(tasks, batches, strict=True)
+    ]
+    found = correspond(analyses, correspondence)
     for task, analysis in enumerate(analyses):
-        verify_axes(analysis, task, correspondence)
+        verify_axes(analysis, task, found)
     chunks = [_chunks(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
-    return Prepared(tasks, analyses, correspondence, chunks, time.perf_counter() - clock)
+    return Prepared(tasks, analyses, found, chunks, need(analyses, chunks), None, time.perf_counter() - clock)
 
 
 def _chunks(analysis: Analysis, batches):
-    """Calibration chunks; of the traced size where the graph insists on one."""
+    """Calibration chunks of a size that memory has room for; of the traced size where the graph insists on one."""
     fixed = analysis.exported.fixed_batch
     if fixed is None:
-        return batches
+        return sized(analysis, batches)
     pieces = [batch.narrow(at, fixed) for batch in batches for at in range(0, batch.size - fixed + 1, fixed)]
     if not pieces:
         raise ValueError(

@@ -13,6 +13,7 @@ from .distributed import own_share, total
 from .merging.execute import Execution
 from .merging.orders import stored_orders
 from .merging.sensitivity import sensitivities
+from .merging.spill import Store
 from .merging.sweep import Options, Sweep
 from .network.example import remembered
 from .network.zipped import ZippedNetwork
@@ -28,10 +29,15 @@ ERROR_SAMPLES = 1024
 
 def zip_prepared(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options) -> ZippedNetwork:
     """One zip with the counts of the options."""
+    with Store(prepared.limit) as store:
+        return _zip(prepared, networks, options, store)
+
+
+def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options, store: Store) -> ZippedNetwork:
     clock = time.perf_counter()
     tasks, analyses, correspondence = list(prepared.tasks), prepared.analyses, prepared.correspondence
     zipped = [copy.deepcopy(network) for network in networks.values()]
-    executions = [Execution(a, n, c) for a, n, c in zip(analyses, zipped, prepared.chunks, strict=True)]
+    executions = [Execution(a, n, c, store) for a, n, c in zip(analyses, zipped, prepared.chunks, strict=True)]
     sweep = Sweep(tasks, analyses, correspondence, executions, zipped, options)
     if any(options.counts.values()):
         if options.method == "refit" and options.affine:
@@ -39,12 +45,20 @@ def zip_prepared(prepared: Prepared, networks: Mapping[str, nn.Module], options:
                 prepared.sensitivities = [sensitivities(e.analysis, e.batches) for e in executions]
             sweep.sensitivities = prepared.sensitivities
         for axis, slots in plan_axes(
-            analyses, correspondence, prepared.chunks, options.counts, options.method, options.matching, options.damping
+            analyses,
+            correspondence,
+            prepared.chunks,
+            options.counts,
+            options.method,
+            options.matching,
+            options.damping,
+            store,
         ):
             sweep.store(axis, slots)
         sweep.run()
     seconds = {"trace": prepared.seconds, "zip": time.perf_counter() - clock}
     report = Report(tuple(tasks), options.method, sweep.axes, sweep.layers, seconds=seconds)
+    report.memory = {"estimate": prepared.need.total, "spilled": store.spilled, "activations": store.peak}
     report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
     report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}

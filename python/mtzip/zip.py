@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .distributed import Ranks, agree_, check_same, together
+from .errors import unknown_task
+from .inputs import device_of
+from .memory import bytes_of, limit_of, shown
 from .merging.sweep import Options
 from .network.zipped import ZippedNetwork, check_name
 from .planning.activations import same_form
 from .planning.budget import Budget, Plan
 from .planning.plan import make_plan
-from .prepare import prepare
+from .prepare import Prepared, prepare
+from .trace.given import Given
+from .trace.select import Select
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
+
+_log = logging.getLogger("mtzip")
 
 METHODS = ("refit", "mtz", "average")
 MATCHINGS = ("optimal", "greedy", "activation")
@@ -32,6 +41,9 @@ def zip_networks(
     damping: float | None = None,
     reconstructions: int = 0,
     samples: int | None = None,
+    correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
+    memory: int | float | str | None = None,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -61,6 +73,16 @@ def zip_networks(
             each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
             Convolutions with many positions a sample take their moments from the first few hundred of them.
+        correspondence: which layers answer to each other, where the graphs walked in parallel say it otherwise: a
+            list of mappings from task name to layer path, one for every group, as in ``[{"a": "fc1", "b": "fc2"}]``.
+            A layer named there leaves the group the walk put it in, and the walk goes on behind those paired; one named
+            alone (or beside ``None``) stays private.
+        outputs: task to what of its network's output counts: a name (of a dict, ``ModelOutput`` or dataclass), an
+            index, or a function of the output. A task not named, or ``None``, takes plain tensors as they are, and
+            of other objects the logits. Only what counts is kept right, retrained for and exported.
+        memory: bytes, or a text such as "4GB", that activations, moments and factors of calibration may take beside the
+            networks and the inputs; None for half of what is free. Activations beyond it go to a temporary folder (in
+            ``TMPDIR``), which changes no result. On a GPU it is the GPU's memory. The report has what was needed.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -71,13 +93,28 @@ def zip_networks(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+        KeyError: a task that there is none of, in ``correspondence`` or ``outputs``.
         ZipError: a network cannot be traced.
         RuntimeError: another process of the group is gone.
     """
     _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
+    _check_outputs(outputs, networks)
+    allowed = bytes_of(memory)
     ranks = Ranks(distributed)
-    check_same(ranks, networks, repr((list(networks), share, method, matching, affine, damping, reconstructions)))
-    prepared = prepare(networks, inputs, samples)
+    settings = (
+        list(networks),
+        share,
+        method,
+        matching,
+        affine,
+        damping,
+        reconstructions,
+        correspondence,
+        _named(outputs),
+    )
+    check_same(ranks, networks, repr(settings))
+    prepared = prepare(networks, inputs, samples, correspondence, outputs)
+    _fit(prepared, allowed, progress and ranks.rank == 0)
     if matching == "activation" and not same_form(prepared.analyses):
         raise ValueError(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
@@ -95,6 +132,7 @@ def zip_networks(
             result = zip_prepared(prepared, networks, options)
             if isinstance(share, Plan):
                 note_plan(result, share)
+    result.outputs = {task: select for task, select in (outputs or {}).items() if select is not None}
     orders = {task: {path: o.tolist() for path, o in paths.items()} for task, paths in result.orders.items()}
     agree_(ranks, result, repr((result.layouts(), orders)))
     return result
@@ -109,25 +147,44 @@ def plan(
     affine: bool = True,
     damping: float | None = None,
     samples: int | None = None,
+    correspondence: Sequence[Given] | None = None,
+    outputs: Mapping[str, Select] | None = None,
+    memory: int | float | str | None = None,
 ) -> Plan:
     """What :func:`zip_networks` would share, and what each axis is predicted to cost, without merging anything.
 
     Args:
-        networks, inputs, matching, affine, damping, samples: as in :func:`zip_networks`.
+        networks, inputs, matching, affine, damping, samples, correspondence, outputs, memory: as in
+            :func:`zip_networks`.
         share: as there; of a ``Budget(error=...)`` the predicted error is taken, which adds up the errors of single
             layers and is rough: zipping to that budget measures.
 
     Returns:
         A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
     """
+    allowed = bytes_of(memory)
     _check(networks, inputs, share, "refit", matching, damping, 0, samples)
-    prepared = prepare(networks, inputs, samples)
+    _check_outputs(outputs, networks)
+    prepared = prepare(networks, inputs, samples, correspondence, outputs)
+    _fit(prepared, allowed, False)
     made = make_plan(prepared, affine, matching, damping)
     if isinstance(share, Budget):
         made.counts = predicted_counts(share, made)
     else:
         made.counts = counts_of(share.counts if isinstance(share, Plan) else share, prepared.correspondence.axes)
     return made
+
+
+def _fit(prepared: Prepared, memory: int | None, progress: bool) -> None:
+    """Says what is needed, and how much of it may stay in memory."""
+    device = device_of(prepared.analyses[0].exported.network)
+    prepared.limit = limit_of(memory, prepared.need, device)
+    allowed = prepared.limit + prepared.need.working
+    beyond = "; what is beyond goes to disk" if prepared.need.total > allowed else ""
+    text = f"estimated memory {shown(prepared.need.total)} of {shown(allowed)}, {prepared.need.samples} samples{beyond}"
+    _log.info(text)
+    if progress:
+        tqdm.write(text)
 
 
 def _check(networks, inputs, share, method, matching, damping, reconstructions, samples) -> None:
@@ -164,3 +221,26 @@ def _check(networks, inputs, share, method, matching, damping, reconstructions, 
         for path, parameter in network.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
+
+
+def _check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:
+    if outputs is None:
+        return
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"outputs must be a mapping from task name to what counts, got {type(outputs).__name__}; "
+            "write {'a': 'logits'}"
+        )
+    for task, select in outputs.items():
+        if task not in networks:
+            raise unknown_task("outputs", task, networks)
+        if isinstance(select, bool) or not (select is None or isinstance(select, (str, int)) or callable(select)):
+            raise TypeError(
+                f"outputs[{task!r}] must be a name, an index, a function of the output or None, "
+                f"got {type(select).__name__}"
+            )
+
+
+def _named(outputs: Mapping[str, Select] | None) -> dict[str, Any]:
+    """What is the same in every process: functions by their name, without their address."""
+    return {t: getattr(s, "__qualname__", "function") if callable(s) else s for t, s in (outputs or {}).items()}

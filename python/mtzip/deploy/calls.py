@@ -21,6 +21,7 @@ from ..inputs import Batch
 from ..network.assembly import assembled_anew
 from ..network.example import example_of
 from ..network.zipped import ZippedNetwork
+from ..trace.select import Select, selected
 
 
 class Calls(nn.Module):
@@ -30,6 +31,7 @@ class Calls(nn.Module):
         zipped: the network; not changed, and its tensors not copied.
         tasks: names of the tasks to call.
         example: task to a batch of inputs, for those whose remembered one is not to be used.
+        select: task to what of its network's output counts; a task not named puts out all its tensors.
 
     Attributes:
         tasks: in their order.
@@ -43,7 +45,13 @@ class Calls(nn.Module):
         ZipError: a network does not run on its example.
     """
 
-    def __init__(self, zipped: ZippedNetwork, tasks: Sequence[str], example: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        zipped: ZippedNetwork,
+        tasks: Sequence[str],
+        example: Mapping[str, Any] | None = None,
+        select: Mapping[str, Select] | None = None,
+    ):
         super().__init__()
         self.tasks = list(tasks)
         keys: dict[int, str] = {}
@@ -53,6 +61,7 @@ class Calls(nn.Module):
         self._calls: list[_Call] = []
         for task in tasks:
             call = _Call(zipped[task], example_of(task, zipped[task], example, zipped.example_inputs))
+            call.select = (select or {}).get(task)
             for path, tensor in call.named_tensors():
                 key = keys.setdefault(id(tensor), f"networks.{task}.{path}")
                 self.tensors[key] = tensor
@@ -110,6 +119,7 @@ class _Call:
         self.inputs = [leaves[at] for at in self._places]
         self.input_names = _input_names(network, example)
         self.output_names: list[str] = []
+        self.select: Select = None
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Path and value of parameters and buffers; one that is at several places comes as often."""
@@ -123,6 +133,8 @@ class _Call:
         args, kwargs = pytree.tree_unflatten(leaves, self._form)
         state = {path: tensors[key] for path, key in self.keys.items()}
         result = functional_call(self.network, state, args, kwargs, tie_weights=False)
+        if self.select is not None:
+            result = selected(result, self.select)
         named = [(_text(path), leaf) for path, leaf in pytree.tree_leaves_with_path(result) if isinstance(leaf, Tensor)]
         self.output_names = [name for name, _ in named] if len(named) > 1 else [""]
         return [leaf for _, leaf in named]

@@ -24,7 +24,8 @@ def export_onnx(
     """Writes ``zipped`` as an ONNX file: one graph, an input and an output a task, shared weights once.
 
     Task ``a`` has the input ``a`` (``a.<argument>`` where its forward takes several) and the output ``a.output``
-    (``a.<field>`` where it returns several); every task's batch size is free of the others'. Weights carry the keys
+    (``a.<field>`` where it returns several; with ``outputs=`` of the zip,
+    what that selects); every task's batch size is free of the others'. Weights carry the keys
     of ``zipped.state_dict()``. The networks are exported as they compute in evaluation mode. The file is written
     beside ``path`` and renamed.
 
@@ -57,7 +58,7 @@ def export_onnx(
     from .onnx_file import compare, write
     from .onnx_model import model_of
 
-    calls = Calls(zipped, _checked(zipped, tasks, example), example)
+    calls = Calls(zipped, _checked(zipped, tasks, example), example, zipped.outputs)
     model = model_of(calls, same_input, opset)
     write(model, path, (lambda file: compare(file, calls, same_input)) if check else None)
 

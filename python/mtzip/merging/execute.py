@@ -1,11 +1,12 @@
 """Runs an exported graph node by node over all calibration chunks, the original and the zipped network side by side.
 
-Only values that are still to be read are kept. As long as nothing upstream has changed the zipped network's values are
-the original's, and are not computed again.
+Only values that are still to be read are kept, on disk where memory has no room (:mod:`mtzip.merging.spill`). As long
+as nothing upstream has changed the zipped network's values are the original's, and are not computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from ..inputs import Batch
 from ..network.leaf import SharedLayer
 from ..trace.analysis import Analysis, Layer
 from ..trace.permute import permute_
+from .spill import Store, Values
 
-Chunks = list[Any]
+Chunks = Sequence[Any]
 
 
 class Execution:
@@ -27,9 +29,11 @@ class Execution:
         analysis: axis analysis of the original.
         network: the network being zipped: a copy that the caller changes as the sweep goes on.
         batches: calibration chunks.
+        store: that keeps the values; None keeps all in memory.
     """
 
-    def __init__(self, analysis: Analysis, network: nn.Module, batches: list[Batch]):
+    def __init__(self, analysis: Analysis, network: nn.Module, batches: list[Batch], store: Store | None = None):
+        self._store = store or Store()
         self.analysis, self.network, self.batches = analysis, network, batches
         self.original: dict[str, Chunks] = {}
         self.zipped: dict[str, Chunks] = {}
@@ -39,9 +43,10 @@ class Execution:
         self._next = 0
         self._layers = {layer.node.name: layer for layer in analysis.layers.values()}
         self._last_use: dict[str, str] = {}
-        for node in self._nodes:
+        self._until: dict[str, int] = {}  # the same as a position
+        for at, node in enumerate(self._nodes):
             for arg in node.all_input_nodes:
-                self._last_use[arg.name] = node.name
+                self._last_use[arg.name], self._until[arg.name] = node.name, at
         leaves = [pytree.tree_leaves((batch.args, batch.kwargs)) for batch in batches]
         for at, name in enumerate(analysis.exported.inputs):
             self.original[name] = self.zipped[name] = [values[at] for values in leaves]
@@ -133,5 +138,8 @@ class Execution:
             taken = fx.node.map_arg((tuple(args), node.kwargs), look_up)
             return node.target(*taken[0], **taken[1])
 
+        found = Values(self._store, self._until.get(node.name, 0))
         with torch.no_grad():
-            return [run(chunk) for chunk in range(self.chunk_count)]
+            for chunk in range(self.chunk_count):
+                found.append(run(chunk))
+        return found

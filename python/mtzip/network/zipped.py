@@ -45,6 +45,8 @@ class ZippedNetwork(nn.Module):
         self._originals = dict(originals) if originals else None
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
+        #: Task to what of its output counts, for those that :func:`mtzip.zip_networks` was told of.
+        self.outputs: dict[str, Any] = {}
         self._together = None  # the graph of all tasks on one input
         #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
         self.orders: dict[str, dict[str, Tensor]] = {}
@@ -144,11 +146,12 @@ class ZippedNetwork(nn.Module):
     # -- copies do not take the originals along ----------------------------------------------------------------
 
     def __getstate__(self):
-        return {**self.__dict__, "_originals": None, "_together": None}
+        outputs = {task: select for task, select in self.outputs.items() if not callable(select)}  # a lambda stays here
+        return {**self.__dict__, "_originals": None, "_together": None, "outputs": outputs}
 
     def __deepcopy__(self, memo):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new._originals = self._originals
+        new._originals, new.outputs = self._originals, dict(self.outputs)
         return new

@@ -16,6 +16,7 @@ from ..merging.execute import Execution
 from ..merging.match import Slots
 from ..merging.moments import View
 from ..merging.sensitivity import sensitivities
+from ..merging.spill import Store
 from ..prepare import Prepared
 from ..trace.analysis import Analysis
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
@@ -40,6 +41,7 @@ def plan_axes(
     method: str,
     matching: str,
     damping: float | None = None,
+    store: Store | None = None,
 ) -> list[tuple[AxisGroup, Slots]]:
     """Pairings that have to be known before the sweep.
 
@@ -51,6 +53,7 @@ def plan_axes(
         method: "refit", "mtz" or "average".
         matching: "optimal", "greedy", or "activation", which pairs every axis here.
         damping: relative, None for the automatic one.
+        store: that keeps activations; None keeps all in memory.
     """
     axes = [axis for axis in correspondence.axes if counts.get(axis.name)]
     coupled = [axis for axis in axes if sum(_is_dense(group) for group in axis.writers) > 1]
@@ -59,7 +62,7 @@ def plan_axes(
         return [(axis, found[id(axis)]) for axis in axes if id(axis) in found]
     if not coupled or method == "average":
         return []
-    observed = observe_all(analyses, correspondence, batches, damping)
+    observed = observe_all(analyses, correspondence, batches, damping, store)
     if same_form(analyses):
         observed.slots = pairings_by_activation(analyses, correspondence, batches, axes, counts, matching)
     Descent(observed, axes, counts, matching).run(ROUNDS)
@@ -78,7 +81,8 @@ def make_plan(prepared: Prepared, affine: bool, matching: str, damping: float | 
     analyses, correspondence = prepared.analyses, prepared.correspondence
     axes = correspondence.axes
     full = {axis.name: min(axis.sizes.values()) for axis in axes}
-    observed = observe_all(analyses, correspondence, prepared.chunks, damping)
+    with Store(prepared.limit) as store:
+        observed = observe_all(analyses, correspondence, prepared.chunks, damping, store)
     assignment = "greedy" if matching == "greedy" else "optimal"
     if same_form(analyses):
         observed.slots = pairings_by_activation(analyses, correspondence, prepared.chunks, axes, full, assignment)
@@ -116,7 +120,11 @@ def pairings_by_activation(analyses, correspondence, batches, axes, counts, matc
 
 
 def observe_all(
-    analyses: Sequence[Analysis], correspondence: Correspondence, batches: Sequence[list[Batch]], damping: float | None
+    analyses: Sequence[Analysis],
+    correspondence: Correspondence,
+    batches: Sequence[list[Batch]],
+    damping: float | None,
+    store: Store | None = None,
 ) -> Observed:
     """Moments of every layer that tasks could share."""
     paths: list[list[str]] = [[] for _ in analyses]
@@ -125,7 +133,7 @@ def observe_all(
             if layer.private is None and layer.groups == 1 and len(group.layers) > 1:
                 paths[task].append(layer.path)
     moments = [
-        observe(Execution(analysis, analysis.exported.network, chunks), wanted)
+        observe(Execution(analysis, analysis.exported.network, chunks, store), wanted)
         for analysis, chunks, wanted in zip(analyses, batches, paths, strict=True)
     ]
     return Observed(analyses, correspondence, moments, damping)

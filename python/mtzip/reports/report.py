@@ -75,6 +75,8 @@ class Report:
         seconds: stage to time it took.
         planned: where a budget or plan was given, its predicted "parameters" and "error".
         output_error: where it was measured, task to relative output error on calibration inputs.
+        memory: bytes: the "estimate" of what calibration would take at once, the most "activations" that were kept in
+            memory, and those "spilled" to disk, written once or again.
     """
 
     tasks: tuple[str, ...]
@@ -87,6 +89,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     planned: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -140,7 +143,7 @@ class Report:
         Raises:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
-        values = _REPORT(data, "report")
+        values = _REPORT({"memory": {}, **data}, "report")  # files from before it was counted have none
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
         values["private"] = [Private(**item) for item in values["private"]]
@@ -185,5 +188,6 @@ _REPORT = schema.fields(
         "seconds": _NUMBERS,
         "planned": _NUMBERS,
         "output_error": _NUMBERS,
+        "memory": _COUNTS,
     }
 )

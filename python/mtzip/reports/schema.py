@@ -26,6 +26,13 @@ def count(value: Any, where: str) -> int:
     return value
 
 
+def name_or_index(value: Any, where: str) -> str | int:
+    """A string or an integer."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise _wrong(where, "a name or an index", value)
+    return value
+
+
 def flag(value: Any, where: str) -> bool:
     """True or False."""
     if not isinstance(value, bool):

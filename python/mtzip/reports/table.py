@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from ..memory import shown
 from .report import Report
 
 WIDTH = 110  # of the list of what stayed private
@@ -24,6 +25,8 @@ def table(report: Report) -> str:
         parts.append(_plan(report))
     if report.seconds:
         parts.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
+    if report.memory:
+        parts.append("memory: " + ", ".join(f"{name} {shown(size)}" for name, size in report.memory.items()))
     return "\n\n".join(parts)
 
 

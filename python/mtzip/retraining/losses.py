@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..trace.select import Select, selected
+
 Loss = Callable[[Any, Any], Tensor]
 
 
-def output_tensor(output: Any, task: str) -> Tensor:
+def output_tensor(output: Any, task: str, select: Select = None) -> Tensor:
     """The tensor that counts of what a network returns: itself, ``logits`` of a dict or ModelOutput, a tuple's first.
+
+    Args:
+        output: what it returned.
+        task: its name, for messages.
+        select: what of the output counts, as :func:`mtzip.zip_networks` was told.
 
     Raises:
         TypeError: none of these is a tensor.
     """
-    found = output
+    output = found = output if select is None else selected(output, select)
     if isinstance(output, Mapping):
         found = output.get("logits")
     elif hasattr(output, "logits"):

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..inputs import Batch
 from ..network.zipped import ZippedNetwork
+from ..trace.select import Select
 from .features import captured, in_stored_order, linear_paths, orders_of
 from .losses import Loss, Spread, check_same_shape, distillation_loss, label_loss, output_tensor, relative_mse
 
@@ -35,6 +36,7 @@ class Objective:
         temperature: of "kl".
         spreads: the teacher's variance of each distilled value, once :meth:`measure` has seen the first batches.
         table: the teacher's outputs for every sample of the data set, once :meth:`tabulate` has made them.
+        select: what of the network's output counts for labels and teacher; ``loss`` gets the whole of it.
     """
 
     task: str
@@ -46,6 +48,7 @@ class Objective:
     temperature: float = 2.0
     spreads: dict[str, float] = field(default_factory=dict)
     table: Tensor | None = None
+    select: Select = None
 
     def __call__(self, network: nn.Module, batch: Batch, index: Tensor | None = None) -> Tensor:
         """The task's loss on one batch, a scalar.
@@ -66,14 +69,14 @@ class Objective:
             known = self.table is not None and index is not None
             wanted = {OUTPUTS: [self.table[index.to(self.table.device)]]} if known else self.wanted(network, batch)
             if self.outputs:
-                output, teacher = output_tensor(raw, self.task), wanted.pop(OUTPUTS)[0]
+                output, teacher = output_tensor(raw, self.task, self.select), wanted.pop(OUTPUTS)[0]
                 arguments = (self.distillation, self.temperature, self.spreads.get(OUTPUTS, 1.0), self.task)
                 terms.append(distillation_loss(output, teacher.to(output.dtype), batch.targets, *arguments))
             terms += self._feature_terms(features, wanted)
         if self.loss is not None:
             terms.append(self.loss(raw, batch.targets))
         elif batch.targets is not None:
-            terms.append(label_loss(output_tensor(raw, self.task), batch.targets, self.task))
+            terms.append(label_loss(output_tensor(raw, self.task, self.select), batch.targets, self.task))
         total = sum(terms)
         if not isinstance(total, Tensor) or total.numel() != 1:
             got = list(total.shape) if isinstance(total, Tensor) else type(total).__name__
@@ -85,7 +88,7 @@ class Objective:
         with torch.no_grad(), self._captured(self.teacher, "teacher") as values:
             raw = self.teacher(*batch.args, **batch.kwargs)
         found = in_stored_order(values, self.orders, linear_paths(network, self.orders))
-        return found | ({OUTPUTS: [output_tensor(raw, self.task)]} if self.outputs else {})
+        return found | ({OUTPUTS: [output_tensor(raw, self.task, self.select)]} if self.outputs else {})
 
     def tabulate(self, network: nn.Module, data: Batch, size: int) -> None:
         """Makes the teacher's outputs for a whole data set, so that it need not be run at every step.
@@ -176,6 +179,7 @@ def objectives_of(
             {path: order.to(like.device) for path, order in orders.get(task, {}).items()},
             distillation,
             temperature,
+            select=zipped.outputs.get(task),
         )
         for task in zipped.tasks
     }

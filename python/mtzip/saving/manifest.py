@@ -34,6 +34,7 @@ class Manifest:
         aliases: key of a tensor that one network has at several places to the key it is stored under.
         report: what the zip did, None for a network put together otherwise.
         examples: task to shapes and types of an example input, as tensors on the meta device.
+        outputs: task to the name or index of what of its output counts.
         versions: of mtzip and torch that wrote the file.
     """
 
@@ -44,6 +45,7 @@ class Manifest:
     aliases: dict[str, str]
     report: Report | None
     examples: dict[str, Batch]
+    outputs: dict[str, str | int]
     versions: dict[str, str]
 
     @classmethod
@@ -60,6 +62,7 @@ class Manifest:
             _aliases(zipped),
             zipped.report,
             {task: batch for task, batch in zipped.example_inputs.items() if task in zipped},
+            {task: select for task, select in zipped.outputs.items() if not callable(select)},
             {"mtzip": _version(), "torch": torch.__version__},
         )
 
@@ -80,6 +83,7 @@ class Manifest:
             "aliases": self.aliases,
             "report": None if self.report is None else self.report.to_dict(),
             "examples": {task: form for task, batch in self.examples.items() if (form := example.to_dict(batch))},
+            "outputs": self.outputs,
         }
 
     @classmethod
@@ -94,7 +98,7 @@ class Manifest:
         if data.get("version") != VERSION:
             got = str(data.get("version"))[:60]
             raise ValueError(f"the manifest's version must be {VERSION}, got {got}; it was written by another mtzip")
-        values = _MANIFEST(data, "manifest")
+        values = _MANIFEST({"outputs": {}, **data}, "manifest")  # files from before there was a choice have none
         del values["format"], values["version"]
         tasks = values["tasks"]
         for name in ("networks", "layers"):
@@ -108,8 +112,9 @@ class Manifest:
                 values["layers"][task][path] = (leaf["class"], layout)
         if values["report"] is not None:
             values["report"] = Report.from_dict(values["report"])
-        if spare := [task for task in values["examples"] if task not in tasks]:
-            raise ValueError(f"manifest.examples must be for the tasks {list(tasks)}, got {spare[0]!r}")
+        for name in ("examples", "outputs"):
+            if spare := [task for task in values[name] if task not in tasks]:
+                raise ValueError(f"manifest.{name} must be for the tasks {list(tasks)}, got {spare[0]!r}")
         values["examples"] = {
             task: example.from_dict(form, f"manifest.examples[{task!r}]") for task, form in values["examples"].items()
         }
@@ -219,5 +224,6 @@ _MANIFEST = schema.fields(
         "aliases": _TEXTS,
         "report": lambda value, where: value,  # Report.from_dict looks at it
         "examples": schema.mapping(lambda value, where: value),  # example.from_dict looks at them
+        "outputs": schema.mapping(schema.name_or_index),
     }
 )

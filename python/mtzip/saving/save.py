@@ -101,6 +101,7 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], networks: Mapping
     _tie(zipped, manifest, tensors)
     _fill(zipped, manifest, tensors)
     zipped.example_inputs = dict(manifest.examples)
+    zipped.outputs = dict(manifest.outputs)
     return zipped
 
 

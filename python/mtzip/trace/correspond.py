@@ -16,6 +16,8 @@ from torch import fx
 from . import rules
 from .analysis import Analysis, Layer, Note
 from .axes import Dim, Segment
+from .given import Given, given_groups, regrouped
+from .order import ordered
 
 #: Operators whose operands may change places: ``x + f(x)`` is ``f(x) + x``.
 _SYMMETRIC = ("add", "mul", "maximum", "minimum")
@@ -60,21 +62,32 @@ class Correspondence:
         return next((group for group in self.axes if group.atoms.get(task) == atom), None)
 
 
-def correspond(analyses: Sequence[Analysis]) -> Correspondence:
-    """Finds the layers and axes of several networks that answer to each other."""
+def correspond(analyses: Sequence[Analysis], given: Sequence[Given] | None = None) -> Correspondence:
+    """Finds the layers and axes of several networks that answer to each other.
+
+    Args:
+        analyses: of the networks.
+        given: groups of layers that the user says answer to each other, task name to path; the walk finds the rest,
+            going on behind them.
+
+    Raises:
+        TypeError, KeyError, ValueError: ``given`` is not as described, or its groups cross each other.
+    """
+    wanted = given_groups(given, analyses)
     shared: dict[tuple, int] = {}
     keyed: dict[int, dict[int, Layer]] = {}
     for task, analysis in enumerate(analyses):
-        for key, layer in _keys(analysis, shared).items():
+        pairs = {group[task].path: at for at, group in enumerate(wanted) if task in group and len(group) > 1}
+        for key, layer in _keys(analysis, shared, pairs).items():
             keyed.setdefault(key, {})[task] = layer
     notes: list[tuple[int, Note]] = []
-    groups = []
-    for members in keyed.values():
-        groups.append(LayerGroup(_name(members), members))
+    grouped = regrouped(list(keyed.values()), wanted)
+    for members, is_given in grouped:
         if len(members) == 1 and len(analyses) > 1:
             task, layer = next(iter(members.items()))
-            notes.append((task, Note(layer.name, "no layer of the other networks answers to it")))
-    groups = _ordered(groups, analyses, notes)
+            reason = "correspondence= leaves it alone" if is_given else "no layer of the other networks answers to it"
+            notes.append((task, Note(layer.name, reason)))
+    groups = [LayerGroup(_name(members), members) for members in ordered(grouped, analyses, notes)]
     axes = _axes(groups, analyses, notes)
     for task, analysis in enumerate(analyses):
         notes += [(task, note) for note in analysis.notes]
@@ -85,8 +98,14 @@ def _name(members: Mapping[int, Layer]) -> str:
     return members[min(members)].name
 
 
-def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
-    """Key of every layer of one network. ``shared`` numbers the keys for all networks."""
+def _keys(analysis: Analysis, shared: dict[tuple, int], given: Mapping[str, int]) -> dict[int, Layer]:
+    """Key of every layer of one network.
+
+    Args:
+        analysis: of the network.
+        shared: numbers the keys for all networks.
+        given: path of a layer to the group that the user put it in; the walk goes on from there.
+    """
     layers = {layer.node.name: layer for layer in analysis.layers.values()}
     of_node: dict[str, int] = {}
     seen: dict[tuple, int] = {}
@@ -105,6 +124,9 @@ def _keys(analysis: Analysis, shared: dict[tuple, int]) -> dict[int, Layer]:
             seen[key] = seen.get(key, 0) + 1  # two layers on the same input are told apart by their order
             of_node[node.name] = number((*key, seen[key]))
             if node.name in layers:
+                path = layers[node.name].path
+                if path in given:
+                    of_node[node.name] = number(("given", given[path]))
                 result[of_node[node.name]] = layers[node.name]
         elif len(set(sources)) == 1:
             of_node[node.name] = sources[0]
@@ -122,29 +144,6 @@ def _sources(node: fx.Node, analysis: Analysis, of_node: Mapping[str, int]) -> l
         for arg in node.all_input_nodes
         if arg.name in of_node and (analysis.shape(arg) is not None or isinstance(arg.meta.get("val"), (tuple, list)))
     ]
-
-
-def _ordered(groups: list[LayerGroup], analyses, notes) -> list[LayerGroup]:
-    """Groups in an order that is a graph order for every task; a member that breaks it leaves its group.
-
-    Merging visits the groups once, so they must come up in the same order in every network.
-    """
-    position = [{layer.path: at for at, layer in enumerate(analysis.layers.values())} for analysis in analyses]
-    groups = sorted(groups, key=lambda group: max(position[t][layer.path] for t, layer in group.layers.items()))
-    last = [-1] * len(analyses)
-    result = []
-    for group in groups:
-        kept: dict[int, Layer] = {}
-        for task, layer in group.layers.items():
-            if position[task][layer.path] > last[task]:
-                kept[task] = layer
-                last[task] = position[task][layer.path]
-            else:
-                notes.append((task, Note(layer.name, "its network calls the layers in another order")))
-                result.append(LayerGroup(layer.name, {task: layer}))
-        if kept:
-            result.append(LayerGroup(_name(kept), kept))
-    return result
 
 
 def _axes(groups: list[LayerGroup], analyses: Sequence[Analysis], notes) -> list[AxisGroup]:

@@ -83,6 +83,8 @@ def export(task: str, network: nn.Module, batch: Batch, select: Select = None) -
             "torch 2.6 or newer; upgrade torch (mtz_ext alone runs from 2.4 on)"
         )
     network = evaluation_copy(network)
+    if select is not None:
+        _check_select(task, network, _example(batch), select)
     try:
         return _export(task, network, _example(batch), select)
     except ZipError:
@@ -90,6 +92,26 @@ def export(task: str, network: nn.Module, batch: Batch, select: Select = None) -
         if _example(batch).size == batch.size:
             raise
     return _export(task, network, Batch(batch.args, batch.kwargs), select)
+
+
+def _check_select(task: str, network: nn.Module, example: Batch, select: Select) -> None:
+    """Refuses a selection that does not fit: torch.export would say it with the traceback of its own frames."""
+    with torch.no_grad():
+        output = network(*example.args, **example.kwargs)
+    try:
+        leaves = pytree.tree_leaves(selected(output, select))
+    except Exception as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ZipError(
+            f"outputs[{task!r}] must be a name, index or function that fits what the network puts out, got {select!r} "
+            f"for {type(output).__name__}: {text}"
+        ) from error
+    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        found = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
+        raise ZipError(
+            f"outputs[{task!r}] must select at least one floating-point tensor, got {found} by {select!r}; "
+            "choose another part of the output"
+        )
 
 
 class _Selected(nn.Module):

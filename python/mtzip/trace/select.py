@@ -28,6 +28,8 @@ def selected(output: Any, select: Select = None) -> Any:
     """
     if callable(select):
         return select(output)
+    if select is not None and isinstance(output, Tensor):
+        raise TypeError(f"outputs must be None for a network that puts out one tensor, got {select!r}")
     if isinstance(select, int):
         return output[select]
     if isinstance(select, str):

@@ -1,0 +1,218 @@
+"""How much memory calibration may take: what is free, what a zip is going to need, and what to do where that is more.
+
+Activations are the bulk: the values of original and zipped networks that are still to be read, for all calibration
+samples. What does not fit is kept on disk meanwhile (:mod:`mtzip.merging.spill`). Counted are activations, moments and
+factors; the networks themselves and the calibration inputs are the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import ZipError
+from .inputs import Batch
+from .trace.analysis import Analysis, Layer
+
+#: Bytes of the largest value of a network over one chunk of samples. The same whatever memory there is, since how
+#: samples are cut up changes sums in their last digits.
+CHUNK_BYTES = 2**27
+
+#: Samples at least that moments are taken over where there are as many (sweep.py), and multiples of a layer's inputs,
+#: of its outputs, and of its moments that are there at a time: copies in stored order, centred ones, factors.
+_SAMPLES, _COPIES, _FACTORS = 256, 3, 6
+
+#: Samples at most that sensitivities are taken over at once (sensitivity.py).
+_BACKWARD_SAMPLES = 512
+
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class Need:
+    """Bytes that a zip takes.
+
+    Args:
+        activations: the most that is still to be read at any time, of all tasks.
+        working: the most that one layer takes beside: what is at hand of its inputs and outputs, moments, factors.
+        backward: what the sensitivities take, before anything else is there: all values of one chunk and gradients.
+        samples: calibration samples, of all tasks.
+    """
+
+    activations: int
+    working: int
+    backward: int
+    samples: int
+
+    @property
+    def total(self) -> int:
+        return max(self.activations + self.working, self.backward)
+
+    @property
+    def least(self) -> int:
+        """What has to be in memory at a time whatever goes to disk."""
+        return max(self.working, self.backward)
+
+
+def bytes_of(memory: int | float | str | None) -> int | None:
+    """``memory=`` in bytes; None for the default.
+
+    Raises:
+        TypeError, ValueError: no number, and no text such as "4GB".
+    """
+    if memory is None:
+        return None
+    found: float = 0
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        if match and match[2].upper() in _UNITS:
+            found = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(memory, bool) or not isinstance(memory, (int, float)):
+        raise TypeError(f"memory must be a number of bytes or a text such as '4GB', got {type(memory).__name__}")
+    elif memory == memory and memory < float("inf"):
+        found = memory
+    if found < 1:
+        raise ValueError(f"memory must be a positive number of bytes or a text such as '4GB', got {memory!r}")
+    return int(found)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; of the host what the system and this process's control group leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]))
+    except (OSError, TypeError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or "max"
+        pass
+    return max(min(found), 0)
+
+
+def need(analyses: Sequence[Analysis], chunks: Sequence[list[Batch]]) -> Need:
+    """What zipping takes, from the shapes in the graphs: an upper bound but for operators' own work space.
+
+    Args:
+        analyses: of all tasks.
+        chunks: their calibration batches.
+    """
+    counts = [sum(batch.size for batch in batches) for batches in chunks]
+    # Where nothing upstream has changed, the zipped network's values are the original's; here all are counted twice.
+    live = sum(2 * _live(analysis, count) for analysis, count in zip(analyses, counts, strict=True))
+    working, backward, moments = 0, 0, {}
+    for analysis, count, batches in zip(analyses, counts, chunks, strict=True):
+        largest = min(max(batch.size for batch in batches), _BACKWARD_SAMPLES)
+        backward = max(backward, int(2 * largest * sum(_bytes(analysis, node) for node in _calls(analysis))))
+        for at, layer in enumerate(analysis.layers.values()):
+            here, kept = _layer(analysis, layer, count)
+            working = max(working, here)
+            moments[at] = moments.get(at, 0) + kept
+    return Need(live, working + max(moments.values(), default=0), backward, sum(counts))
+
+
+def limit_of(memory: int | None, wanted: Need, device: torch.device) -> int:
+    """Bytes that activations may take of ``memory`` (None: half of what is free), moments and factors left out.
+
+    Raises:
+        ZipError: a single layer takes more than the memory that was asked for.
+    """
+    allowed = free_bytes(device) // 2 if memory is None else memory
+    if memory is not None and wanted.least > allowed:
+        raise ZipError(
+            f"memory must be at least {shown(wanted.least)} for {wanted.samples} calibration samples, as one layer "
+            f"takes so much for its inputs, moments and factors, got {shown(allowed)}; give fewer samples (samples=) "
+            "or more memory"
+        )
+    return max(allowed - wanted.working, 0)
+
+
+def sized(analysis: Analysis, batches: list[Batch]) -> list[Batch]:
+    """Calibration chunks cut so that no value of the network takes more than :data:`CHUNK_BYTES` over one of them."""
+    largest = max((_bytes(analysis, node) for node in _calls(analysis)), default=0)
+    most = max(int(CHUNK_BYTES // max(largest, 1)), 1)
+    return [
+        batch if batch.size <= most else batch.narrow(at, min(most, batch.size - at))
+        for batch in batches
+        for at in range(0, batch.size, most)
+    ]
+
+
+def shown(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
+        size /= 1000
+    raise AssertionError
+
+
+def _calls(analysis: Analysis) -> list[fx.Node]:
+    return [node for node in analysis.exported.graph.nodes if node.op == "call_function"]
+
+
+def _bytes(analysis: Analysis, node: fx.Node) -> float:
+    """Bytes of a node's value for one sample; a view of another value takes none."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+            return 0
+        shape = analysis.shape(node) or []
+        return _product(shape) * value.element_size() / analysis.exported.example.size
+    return 0
+
+
+def _live(analysis: Analysis, samples: int) -> int:
+    """Most bytes of values that are still to be read, of one network."""
+    last: dict[fx.Node, fx.Node] = {}
+    nodes = _calls(analysis)
+    for node in nodes:
+        last.setdefault(node, node)
+        for arg in node.all_input_nodes:
+            last[arg] = node
+    current = most = 0.0
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for node, end in last.items():
+        dying.setdefault(end, []).append(node)
+    for node in nodes:
+        current += _bytes(analysis, node)
+        most = max(most, current)
+        current -= sum(_bytes(analysis, gone) for gone in dying.get(node, ()) if gone.op == "call_function")
+    return int(most * samples)
+
+
+def _layer(analysis: Analysis, layer: Layer, samples: int) -> tuple[int, int]:
+    """Bytes of inputs and outputs at hand while a layer is merged, and of its moments and factors."""
+    reads, writes = analysis.shape(layer.input), analysis.shape(layer.node)
+    if not reads or not writes:
+        return 0, 0
+    size = analysis.exported.example.size
+    weight = analysis.exported.tensor(layer.weight)
+    rows = weight.shape[1] * layer.groups if layer.transposed else weight.shape[0]
+    columns = weight.numel() // max(rows, 1)
+    channel = len(writes) - 1 if layer.kind == "linear" else 1
+    positions = _product(writes) / max(writes[channel], 1) / size
+    taken = min(samples, max(_SAMPLES, 64 * columns / max(positions, 1)))
+    element = layer.node.meta["val"].element_size()
+    values = _COPIES * taken * element * (_product(reads) + _product(writes)) / size
+    rank = min(columns, positions * taken)  # samples instead of columns where they are fewer
+    moments = 8 * (_FACTORS * rank * rank * layer.groups + 3 * rank * columns + 3 * rows * columns)
+    return int(values), int(moments)
+
+
+def _product(shape: Sequence[Any]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found

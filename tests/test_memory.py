@@ -1,0 +1,220 @@
+"""``memory=``: activations that do not fit go to disk and come back bit for bit, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+
+import pytest
+import torch
+from nets import IMAGE, Branches, Functional, Residual, mlp, noise, seeded
+from torch import nn
+
+import mtzip
+from mtzip import memory as accounts
+from mtzip.merging import spill, sweep
+from mtzip.merging.spill import Store, Values
+from mtzip.prepare import prepare
+
+X = {"a": noise(600, *IMAGE), "b": noise(600, *IMAGE, seed=1)}
+
+
+def pair(make) -> dict[str, nn.Module]:
+    return {task: seeded(make, at) for at, task in enumerate("ab")}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where temporary files go, and nothing else."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Many chunks, so that there is something to put away: 64 kB of the largest value."""
+    monkeypatch.setattr(accounts, "CHUNK_BYTES", 2**16)
+
+
+def left_in(folder) -> list[str]:
+    """Names of the folders that values are put away in; torch makes one of its own beside them."""
+    return [name for name in os.listdir(folder) if name.startswith("mtzip")]
+
+
+def same(first, second) -> bool:
+    left, right = first.state_dict(), second.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# -- zipping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Functional, Residual, Branches])
+@pytest.mark.parametrize("matching", ["optimal", "activation"])
+def test_spilling_changes_no_bit(make, matching, folder, small_chunks):
+    networks = pair(make)
+    free = mtzip.zip_networks(networks, X, matching=matching)
+    assert free.report.memory["spilled"] == 0
+    need = prepare(networks, X, None).need
+    tight = mtzip.zip_networks(networks, X, matching=matching, memory=need.least)
+    assert tight.report.memory["spilled"] > 0
+    assert tight.report.memory["activations"] < free.report.memory["activations"] / 3
+    assert same(free, tight)
+    assert left_in(folder) == []
+
+
+def test_plans_and_budgets_spill_too(folder, small_chunks):
+    networks = pair(Residual)
+    least = prepare(networks, X, None).need.least
+    loose, tight = (mtzip.plan(networks, X, 0.5, memory=memory) for memory in (None, least))
+    assert [axis.costs for axis in loose.axes] == [axis.costs for axis in tight.axes]
+    loose, tight = (mtzip.zip_networks(networks, X, mtzip.Budget(parameters=0.7), memory=m) for m in (None, least))
+    assert tight.report.memory["spilled"] > 0
+    assert same(loose, tight)
+    assert left_in(folder) == []
+
+
+def test_the_estimate_bounds_what_is_kept(small_chunks):
+    for make in (Functional, Residual, Branches):
+        networks = pair(make)
+        need = prepare(networks, X, None).need
+        zipped = mtzip.zip_networks(networks, X)
+        assert zipped.report.memory["estimate"] == need.total
+        assert need.activations / 4 < zipped.report.memory["activations"] <= need.activations * 1.1
+        assert "memory: estimate" in str(zipped.report)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_nothing_behind(error, folder, small_chunks, monkeypatch):
+    """In the middle of the sweep: the originals as they were, and no files."""
+    networks = pair(Functional)
+    networks["a"].train()
+    hooked = []
+    handle = networks["a"].fc.register_forward_hook(lambda *_: hooked.append(1))
+    before = {task: copy.deepcopy(network.state_dict()) for task, network in networks.items()}
+    modes = {task: [module.training for module in network.modules()] for task, network in networks.items()}
+    seen = []
+
+    def interrupted(*args, **options):
+        seen.append(left_in(folder))
+        if len(seen) == 5:
+            raise error
+        return collect(*args, **options)
+
+    collect = sweep.collect
+    monkeypatch.setattr(sweep, "collect", interrupted)
+    with pytest.raises(error):
+        mtzip.zip_networks(networks, X, memory=prepare(networks, X, None).need.least)
+    assert seen[-1], "nothing was on disk when it happened"
+    assert left_in(folder) == []
+    for task, network in networks.items():
+        assert all(torch.equal(value, before[task][key]) for key, value in network.state_dict().items())
+        assert [module.training for module in network.modules()] == modes[task]
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    hooks = [hook for module in networks["a"].modules() for hook in module._forward_hooks]
+    assert hooks == [handle.id]
+
+
+def test_too_little_for_one_layer_is_refused_before_work_begins(monkeypatch):
+    monkeypatch.setattr(sweep.Sweep, "run", lambda self: pytest.fail("it began"))
+    with pytest.raises(
+        mtzip.ZipError, match=r"at least .* for 1200 calibration samples.* got 1 kB; give fewer samples"
+    ):
+        mtzip.zip_networks(pair(Functional), X, memory="1kB")
+
+
+@pytest.mark.parametrize(
+    ("memory", "error"), [("4 apples", ValueError), ("", ValueError), (0, ValueError), (-1, ValueError),
+                          (float("nan"), ValueError), (True, TypeError), ([4], TypeError)]
+)  # fmt: skip
+def test_refusals(memory, error):
+    with pytest.raises(error, match=r"memory must be a .*'4GB', got"):
+        mtzip.zip_networks(pair(mlp), {"a": noise(9, 6), "b": noise(9, 6)}, memory=memory)
+
+
+def test_bytes_as_people_write_them():
+    texts = {"4GB": 4e9, "1.5 gb": 1.5e9, "2GiB": 2 * 2**30, "300MB": 3e8, "17": 17, 1e9: 1e9}
+    assert {text: accounts.bytes_of(text) for text in texts} == texts
+    assert accounts.bytes_of(None) is None
+    assert accounts.shown(4.2e9) == "4.2 GB" and accounts.shown(12) == "12 bytes"
+
+
+def test_the_default_is_half_of_what_is_free(monkeypatch, caplog):
+    monkeypatch.setattr(accounts, "free_bytes", lambda device: 10**9)
+    need = accounts.Need(activations=10, working=200, backward=300, samples=5)
+    assert accounts.limit_of(None, need, torch.device("cpu")) == 5 * 10**8 - 200
+    assert accounts.limit_of(10**6, need, torch.device("cpu")) == 10**6 - 200
+    with caplog.at_level("INFO", logger="mtzip"):
+        mtzip.zip_networks(pair(mlp), {"a": noise(9, 6), "b": noise(9, 6)})
+    assert any("estimated memory" in text and "of 500 MB, 18 samples" in text for text in caplog.messages)
+
+
+def test_large_values_are_cut_into_more_chunks_whatever_memory_there_is(small_chunks):
+    networks = pair(Functional)
+    chunks = [[batch.size for batch in batches] for batches in prepare(networks, X, None).chunks]
+    assert all(sum(sizes) == 600 and max(sizes) * 6 * 64 * 4 <= 2**16 for sizes in chunks)
+
+
+# -- the store -----------------------------------------------------------------------------------------------------
+
+
+def test_values_come_back_as_they_were(folder):
+    made = [
+        noise(4, 5, 6, 7).contiguous(memory_format=torch.channels_last),
+        noise(9, 8).T,
+        noise(5, 6).bfloat16(),
+        (noise(3), torch.arange(3)),
+        noise(2, 3)[:, 1:2],
+    ]
+    with Store(0) as store:
+        values = Values(store, 1)
+        for value in made:
+            values.append(value)
+        assert store.resident == 0 and len(left_in(folder)) == 1
+        for got, want in zip(values, made, strict=True):
+            for left, right in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True):
+                assert torch.equal(left, right) and left.dtype == right.dtype
+        assert values[0].stride() == made[0].stride() and values[1].stride() == made[1].stride()
+    assert left_in(folder) == []
+
+
+def test_what_is_needed_longest_goes_first_and_its_files_with_it(folder):
+    with Store(1000) as store:
+        soon, late = Values(store, 1), Values(store, 9)
+        late.append(noise(100))
+        soon.append(noise(100))
+        soon.append(noise(50))
+        assert isinstance(late._items[0], spill._OnDisk)
+        assert not any(isinstance(item, spill._OnDisk) for item in soon._items)
+        assert store.resident == 600
+        (inside,) = left_in(folder)
+        assert len(os.listdir(folder / inside)) == 1
+        del late
+        gc.collect()
+        assert os.listdir(folder / inside) == []
+        del soon
+        gc.collect()
+        assert store.resident == 0
+
+
+def test_views_count_once():
+    with Store() as store:
+        whole, part = Values(store, 1), Values(store, 1)
+        x = noise(100)
+        whole.append(x)
+        part.append(x.view(10, 10))
+        assert store.resident == 400
+        del whole
+        gc.collect()
+        assert store.resident == 400
+
+
+def test_a_full_disk_says_what_to_do(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left.*set TMPDIR"), Store(0) as store:
+        Values(store, 1).append(noise(3))
+    assert left_in(folder) == []
