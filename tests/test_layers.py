@@ -56,6 +56,7 @@ def test_every_operator_has_its_stem_in_every_folder():
             assert (ROOT / folder / name).exists(), f"{folder} has no {name}"
 
 
+_STAGES = {"memory", "distributed", "trace", "network", "prepare", "merging", "planning"}
 #: What each part of python/mtzip may use of the others. Read downwards: nobody uses what stands below it, but for
 #: ``zipped(x)``, which imports deploy when called.
 USES = {
@@ -69,7 +70,7 @@ USES = {
     "prepare": {"inputs", "trace", "memory"},
     "merging": {"memory", "distributed", "inputs", "reports", "trace", "network"},
     "planning": {"memory", "distributed", "inputs", "trace", "network", "prepare", "merging"},
-    "within": {"memory", "reports", "trace", "network", "prepare", "merging", "planning", "distributed"},
+    "within": {"reports", *_STAGES},
     "zip": {
         "errors",
         "inputs",
