@@ -58,7 +58,8 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
         sweep.run()
     seconds = {"trace": prepared.seconds, "zip": time.perf_counter() - clock}
     report = Report(tuple(tasks), options.method, sweep.axes, sweep.layers, seconds=seconds)
-    report.memory = {"estimate": prepared.need.total, "spilled": store.spilled, "activations": store.peak}
+    wanted = prepared.need
+    report.memory = {"estimate": wanted.total, "least": wanted.least, "kept": store.peak, "spilled": store.spilled}
     report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
     report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}

@@ -75,8 +75,8 @@ class Report:
         seconds: stage to time it took.
         planned: where a budget or plan was given, its predicted "parameters" and "error".
         output_error: where it was measured, task to relative output error on calibration inputs.
-        memory: bytes: the "estimate" of what calibration would take at once, the most "activations" that were kept in
-            memory, and those "spilled" to disk, written once or again.
+        memory: bytes: the "estimate" of what calibration takes where nothing goes to disk, the "least" that ``memory=``
+            may be, the most of activations that was "kept" in memory, and what was "spilled" to disk.
     """
 
     tasks: tuple[str, ...]
