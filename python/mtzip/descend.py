@@ -165,7 +165,7 @@ class Descent:
         pairs = mtz_ext.match_neurons(total, self.counts[axis.name], method=matching)
         costs = total[pairs[:, 0], pairs[:, 1]].cpu().double()
         tasks = sorted(axis.atoms)
-        slots = match.slots_of(pairs, tasks, [axis.sizes[task] for task in tasks], costs)
+        slots = match.slots_of(pairs.cpu(), tasks, [axis.sizes[task] for task in tasks], costs)
         slots.energy = sum(distances.energy for distances in found)
         return slots
 
@@ -218,7 +218,7 @@ class Descent:
             return self.cost(group)
         slots, tasks = self.observed.slots[id(axis)], sorted(axis.atoms)
         pairs = slots.table[: slots.shared][:, tasks].to(known.values.device)
-        return float(known.values[pairs[:, 0], pairs[:, 1]].sum())
+        return float(known.values[pairs[:, 0], pairs[:, 1]].sum(dtype=torch.float64))
 
     def _reader_cost(self, group: LayerGroup, axis: AxisGroup) -> Tensor | None:
         """Estimate [n, m] of what it costs two tasks' readers that channel i of one is paired with j of the other.
