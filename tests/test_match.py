@@ -114,6 +114,31 @@ def test_scale_free_difference_finds_scaled_and_flipped_neurons():
     assert (got.argmin(1) == torch.arange(5)).all()
 
 
+@pytest.mark.parametrize("count", [50, 2])
+def test_gains_of_pairs_are_the_dense_ones(count, assert_within):
+    """In feature space, and in sample space with fewer positions than columns."""
+    sides = [side(0, count, 1.3, 0.1, count == 2), side(1, count, 0.4, 0.2, count == 2)]
+    system = JointSystem(sides, D)
+    assert system.in_sample_space == (count == 2)
+    first, second = (b.contiguous() for b in targets(sides, ROWS))
+    inverse = torch.linalg.inv(dense(sides[0]) + 0.36 * dense(sides[1]))
+    one, two, across = system.factor([1.0, 0.6]).gains(first, second)
+    assert_within(across, first.T @ inverse @ second, 1e-9, across.abs().mean())
+    assert_within(one, (first.T @ inverse @ first).diagonal(), 1e-9)
+    assert_within(two, (second.T @ inverse @ second).diagonal(), 1e-9)
+    shortest = min(first.shape[1], second.shape[1])
+    paired = system.factor([1.0, 0.6]).gains(first[:, :shortest], second[:, :shortest], paired=True)[2]
+    assert_within(paired, across.diagonal(), 1e-9, across.abs().mean())
+
+
+def test_layers_without_a_column_in_common_cost_nothing_to_share():
+    sides = [side(0, 50, 1.3, 0.1), side(1, 40, 0.4, 0.2)]
+    apart = [Side(s.moment, s.index + at * D, s.alpha, s.damping) for at, s in enumerate(sides)]
+    assert JointSystem(sides, D).coupled and not JointSystem(apart, 2 * D).coupled
+    got, ratio = scale_free_difference(JointSystem(apart, 2 * D), targets(sides, ROWS))
+    assert (got == 0).all() and (ratio == 1).all()
+
+
 def test_a_private_scale_costs_no_more(assert_within):
     sides = [side(0, 50, 1.3, 0.1), side(1, 40, 0.4, 0.2)]
     system = JointSystem(sides, D)

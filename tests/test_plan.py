@@ -8,8 +8,10 @@ from nets import IMAGE, CifarResNet, Residual, analysed, mlp, noise, seeded
 from torch import nn
 
 import mtzip
+from bench import planning
 from bench.zoo_copies import shuffled
 from mtzip.inputs import as_batch
+from mtzip.planning import descend
 from mtzip.planning.activations import correlations, match_by_activations, same_form
 from mtzip.planning.descend import Descent
 from mtzip.planning.plan import observe_all, plan_axes
@@ -67,6 +69,49 @@ def test_descent_lowers_the_total_and_stops_where_nothing_helps():
     assert totals[0] > totals[1] >= totals[2] > 0
 
 
+def test_wide_axes_descend_too(monkeypatch):
+    """Greedily, and those that several layers write are assigned as asked for in the end."""
+    monkeypatch.setattr(descend, "WIDE", 1)
+    asked = []
+    match_neurons = descend.mtz_ext.match_neurons
+
+    def noted(distances, count, method):
+        asked.append((len(distances), method))
+        return match_neurons(distances, count, method=method)
+
+    monkeypatch.setattr(descend.mtz_ext, "match_neurons", noted)
+    analyses, correspondence, batches = planned(RESIDUAL["padded shortcuts"], (3, 16, 16))
+    counts = {axis.name: min(axis.sizes.values()) for axis in correspondence.axes}
+    totals = []
+    for rounds in (0, 8):
+        descent = Descent(observe_all(analyses, correspondence, batches, None), correspondence.axes, counts, "optimal")
+        totals.append(descent.run(rounds))
+    assert totals[1] < totals[0]
+    assert {method for _, method in asked} == {"greedy", "optimal"}
+    several = [len(axis.writers) > 1 for axis in correspondence.axes]
+    assert [method for _, method in asked].count("optimal") == sum(several) < len(several)
+
+
+def test_costs_are_those_of_distances_taken_anew():
+    """What is kept from round to round never differs from what the present pairings give."""
+    analyses, correspondence, batches = planned(RESIDUAL["residual"], IMAGE)
+    counts = {axis.name: min(axis.sizes.values()) - 1 for axis in correspondence.axes}
+    observed = observe_all(analyses, correspondence, batches, None)
+    descent = Descent(observed, correspondence.axes, counts, "optimal")
+    improve, compared = descent._improve, []
+
+    def checked(axis, matching=None):
+        found = improve(axis, matching)
+        compared.append((sum(descent._costs.values()), sum(descent.cost(group) for group in descent.groups)))
+        return found
+
+    descent._improve = checked
+    descent.run(4)
+    assert len(compared) >= len(correspondence.axes)
+    for kept, anew in compared:
+        assert kept == pytest.approx(anew, rel=1e-9)
+
+
 def test_only_coupled_axes_are_planned_unless_by_activation():
     analyses, correspondence, batches = planned(RESIDUAL["residual"], IMAGE)
     counts = {axis.name: 3 for axis in correspondence.axes}
@@ -96,3 +141,8 @@ def test_inputs_of_different_forms_cannot_be_matched_by_activation():
     assert not same_form([analysed(first, noise(3, 6)), analysed(second, noise(3, 7))])
     with pytest.raises(ValueError, match="inputs of one shape"):
         mtzip.zip_networks({"a": first, "b": second}, {"a": noise(9, 6), "b": noise(9, 7)}, matching="activation")
+
+
+def test_the_benchmark_plans_a_pair_of_transformers():
+    row = planning.measure(planning.observed(tiny=True), "optimal", tiny=True)
+    assert row.axes == 5 and row.total > 0 and row.must is None

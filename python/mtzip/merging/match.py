@@ -170,7 +170,10 @@ def _difference_in_sample_space(system: JointSystem, first: Tensor, second: Tens
 
 
 def scale_free_difference(
-    system: JointSystem, right: list[Tensor], ratios: Sequence[float] = RATIOS
+    system: JointSystem,
+    right: list[Tensor],
+    ratios: Sequence[float] = RATIOS,
+    alone: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Functional difference [n, m] and best ratio [n, m] where each task keeps a private scale.
 
@@ -182,25 +185,28 @@ def scale_free_difference(
         right: b_t of the two sides, [d_0, n] and [d_1, m].
         ratios: scales of the second task to try, the first one's being 1; a neuron and its negative are the same to a
             private scale, so each is tried with both signs. None: there are no private scales.
+        alone: what the rows of each side gain alone, [n] and [m], where that is known (:func:`gain_alone`).
+
+    Both are in the precision of the system's factors.
     """
+    if not system.coupled:
+        nothing = right[0].new_zeros(right[0].shape[1], right[1].shape[1])
+        return nothing, torch.ones_like(nothing)
     signed, ratios = bool(ratios), ratios or (1.0,)
-    b_first, b_second = (system.scatter(at, b) for at, b in enumerate(right))
-    both = torch.cat([b_first, b_second], 1)
-    count = b_first.shape[1]
+    both = [system.scatter(at, b) for at, b in enumerate(right)]
     best = ratio = None
     for r in ratios:
-        gains = system.factor([1.0, r]).gains(both)
-        own = gains.diagonal()[:count, None] + r * r * gains.diagonal()[count:]
-        across = 2 * r * gains[:count, count:]
-        sign = torch.where(across < 0, -1.0, 1.0).to(own) if signed else torch.ones_like(across)
-        gain = own + across * sign
+        one, two, across = system.factor([1.0, r]).gains(*both)
+        sign = torch.where(across < 0, -1.0, 1.0).to(across) if signed else torch.ones_like(across)
+        gain = across.mul_(sign).mul_(2 * r).add_(one[:, None]).add_(two, alpha=r * r)
         if best is None:
-            best, ratio = gain, r * sign
+            best, ratio = gain, sign.mul_(r)
         else:
             better = gain > best
             best, ratio = torch.where(better, gain, best), torch.where(better, r * sign, ratio)
-    alone = [gain_alone(system, at, b) for at, b in enumerate(right)]
-    return (alone[0][:, None] + alone[1] - best).clamp_min(0) / 2, ratio
+    alone = alone or [gain_alone(system, at, b) for at, b in enumerate(right)]
+    first, second = (gain.to(best.dtype) for gain in alone)
+    return best.neg_().add_(first[:, None]).add_(second).clamp_min_(0).div_(2), ratio
 
 
 def gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:

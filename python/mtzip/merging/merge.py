@@ -49,6 +49,7 @@ class Part:
             one bias serves all tasks; "none" where there is none.
         scalable: whether the task keeps a scale of its own for every row.
         takes_bias: whether its leaf may get a bias that the layer had not.
+        unchanged: whether the target is what the weight puts out itself on the moment's inputs, as while planning.
     """
 
     task: int
@@ -69,6 +70,7 @@ class Part:
     constant: str = "free"
     scalable: bool = False
     takes_bias: bool = True
+    unchanged: bool = False
 
     @property
     def has_bias(self) -> bool:
@@ -131,6 +133,12 @@ class Part:
         """Weights of some rows over some columns, [r, d]; a shared bias is one more column."""
         weight = self.weight[rows][:, columns]
         return torch.cat([weight, self.bias[rows][:, None]], 1) if self.constant == "shared" else weight
+
+    def gain_alone(self, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """What some rows gain alone over all columns, b^T Q^-1 b: w^T b where b is Q w. None where it is not."""
+        if not self.unchanged or len(columns) < self.weight.shape[1]:
+            return None
+        return (self.weight_of(rows, columns).T * right).sum(0)
 
     def right_hand_side(self, side: Side, rows: Tensor, columns: Tensor, weighted: bool) -> Tensor:
         """b of some rows over some columns, [d, r], the rows weighted by how much they matter if ``weighted``."""
@@ -236,6 +244,7 @@ def match_axis(
     method: str,
     matching: str,
     extra: Sequence[Tensor] = (),
+    ratios: Sequence[float] | None = None,
 ) -> Slots:
     """Matches the neurons of an axis that several tasks' layers write and keeps ``count`` slots that all of them share.
 
@@ -248,6 +257,7 @@ def match_axis(
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
         extra: further costs [n, m] of pairing neurons of two tasks.
+        ratios: private scales to try where rows have any, None for as many as pay.
     """
     neurons = groups[0][1]
     tasks = sorted(neurons)
@@ -255,7 +265,7 @@ def match_axis(
     scales = torch.ones(table.shape, dtype=torch.float64)
     costs = torch.zeros(len(table), dtype=torch.float64)
     for at in range(1, len(tasks)):
-        found = [_distances(systems, rows, tasks[: at + 1], table, scales, method) for systems, rows in groups]
+        found = [_distances(systems, rows, tasks[: at + 1], table, scales, method, ratios) for systems, rows in groups]
         distances = sum(d for d, _ in found)
         if at == 1 and len(tasks) == 2:
             distances = sum(extra, distances)
@@ -275,8 +285,28 @@ def match_axis(
     return slots
 
 
+def pair_distances(systems: Systems, neurons: Mapping[int, Tensor], ratios: Sequence[float]) -> Tensor:
+    """Functional differences [n, m] of the neurons of two tasks in one group of layers.
+
+    Args:
+        systems: of the group.
+        neurons: task to the rows of each of its neurons, [n, k] and [m, k].
+        ratios: private scales to try where rows have any.
+    """
+    tasks = sorted(neurons)
+    table = torch.arange(len(neurons[tasks[0]]))[:, None]
+    scales = torch.ones(table.shape, dtype=torch.float64)
+    return _distances(systems, neurons, tasks, table, scales, "refit", ratios)[0]
+
+
 def _distances(
-    systems: Systems, neurons: Mapping[int, Tensor], tasks: Sequence[int], table: Tensor, scales: Tensor, method: str
+    systems: Systems,
+    neurons: Mapping[int, Tensor],
+    tasks: Sequence[int],
+    table: Tensor,
+    scales: Tensor,
+    method: str,
+    given: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What it costs that a neuron of the last task joins a slot, [slots, n], and the best ratio of its scale.
 
@@ -288,7 +318,7 @@ def _distances(
         tasks: those that share a slot already, and the one that joins.
         table: [slots, tasks - 1] neurons of every slot.
         scales: [slots, tasks - 1] private scales of its tasks.
-        method: as in :func:`match_axis`.
+        method, given: as in :func:`match_axis`.
     """
     parts = {task: systems.parts[task] for task in tasks}
     *members, new = tasks
@@ -296,7 +326,7 @@ def _distances(
     rows = {task: neurons[task][table[:, at]].flatten() for at, task in enumerate(members)}
     rows[new] = neurons[new].flatten()
     rows = {task: which.to(parts[task].weight.device) for task, which in rows.items()}
-    distances, ratio = _row_distances(systems, rows, scales.repeat_interleave(width, 0), method, width == 1)
+    distances, ratio = _row_distances(systems, rows, scales.repeat_interleave(width, 0), method, width == 1, given)
     if width > 1:
         shape = (len(table), width, len(neurons[new]), width)
         return distances.view(shape).diagonal(dim1=1, dim2=3).sum(-1), None
@@ -304,7 +334,12 @@ def _distances(
 
 
 def _row_distances(
-    systems: Systems, rows: Mapping[int, Tensor], scales: Tensor, method: str, scaled: bool
+    systems: Systems,
+    rows: Mapping[int, Tensor],
+    scales: Tensor,
+    method: str,
+    scaled: bool,
+    given: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for rows: those of the tasks that share already, all of one length, and those of the last task."""
     tasks = list(rows)
@@ -321,6 +356,7 @@ def _row_distances(
             first, second = torch.cat([first, bias[:, None]], 1), torch.cat([second, own[:, None]], 1)
         return match.euclidean(first, second), None
     unknown, system = systems.of(tasks, shared_only=method == "mtz")
+    alone = None
     if method == "mtz":
         weights = [parts[task].weight_of(rows[task], unknown.columns[task]) for task in tasks]
         if len(tasks) == 2:
@@ -331,47 +367,64 @@ def _row_distances(
         scalable = all(part.scalable for part in parts.values())
         folded = all(part.fold is not None for part in parts.values())  # of one scale already
         many = len(tasks) == 2 and not folded
-        ratios = () if not (scalable and scaled) else match.RATIOS if many else match.FEW_RATIOS
+        ratios = given or (match.RATIOS if many else match.FEW_RATIOS)
+        ratios = ratios if scalable and scaled else ()
         # Weights of rows are scales too: where scales are not searched for they would tell equal rows apart.
         right = [
             parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=bool(ratios))
             for side, task in zip(system.sides, tasks, strict=True)
         ]
+        alone = _gains_alone(parts, rows, unknown, system, right)
     if len(tasks) == 2:
-        return match.scale_free_difference(system, right, ratios)
+        return match.scale_free_difference(system, right, ratios, alone)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)
 
 
-def shared_cost(systems: Systems, rows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+def _gains_alone(parts, rows, unknown: Unknown, system: JointSystem, right: Sequence[Tensor]) -> list[Tensor]:
+    """What the rows of every side gain alone, [r] each."""
+    found = []
+    for at, (task, b) in enumerate(zip(rows, right, strict=True)):
+        gain = parts[task].gain_alone(b, rows[task], unknown.columns[task])
+        found.append(match.gain_alone(system, at, b) if gain is None else gain)
+    return found
+
+
+def shared_cost(
+    systems: Systems, rows: Mapping[int, Tensor], ratios: Sequence[float] = match.FEW_RATIOS
+) -> tuple[Tensor, Tensor]:
     """What it costs that rows are stored together, [r], and the ratio [r] of private scales that is best of a few.
 
     Args:
         systems: of the parts.
         rows: task to rows of its part, all of the same length.
+        ratios: private scales to try where two tasks have them.
     """
     tasks = sorted(rows)
     parts = {task: systems.parts[task] for task in tasks}
     unknown, system = systems.of(tasks)
+    if not system.coupled:
+        nothing = system.sides[0].moment.mean.new_zeros(len(rows[tasks[0]]))
+        return nothing, torch.ones_like(nothing)
     right = [
-        system.scatter(at, parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=True))
-        for at, (side, task) in enumerate(zip(system.sides, tasks, strict=True))
+        parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=True)
+        for side, task in zip(system.sides, tasks, strict=True)
     ]
-    alone = sum(match.gain_alone(system, at, b[system.sides[at].index]) for at, b in enumerate(right))
+    alone = sum(_gains_alone(parts, {task: rows[task] for task in tasks}, unknown, system, right))
+    right = [system.scatter(at, b) for at, b in enumerate(right)]
     scalable = all(part.scalable for part in parts.values()) and len(tasks) == 2
     best = torch.full_like(alone, -torch.inf)
     chosen = torch.ones_like(alone)
-    for ratio in match.FEW_RATIOS if scalable else (1.0,):
+    for ratio in ratios if scalable else (1.0,):
         factor = system.factor([1.0] * (len(tasks) - 1) + [ratio])
         sign = torch.ones_like(alone)
         if scalable:
-            first, second = right[0], right[1] * ratio
-            one, two = factor.solve(torch.cat([first, second], 1)).split(first.shape[1], 1)
-            across = (first * two).sum(0)
+            one, two, across = factor.gains(*right, paired=True)
+            one, two, across = (value.to(alone) for value in (one, two, across))
             sign = torch.where(across < 0, -1.0, 1.0).to(alone)
-            gain = (first * one).sum(0) + (second * two).sum(0) + 2 * across.abs()
+            gain = one + ratio * ratio * two + 2 * ratio * across.abs()
         else:
             total = sum(right)
-            gain = (total * factor.solve(total)).sum(0)
+            gain = factor.gain(total)
         chosen = torch.where(gain > best, ratio * sign, chosen)
         best = torch.maximum(best, gain)
     return (alone - best).clamp_min(0) / 2, chosen

@@ -72,8 +72,22 @@ class JointSystem:
         self._factors: dict[tuple, Factor] = {}
         self.in_sample_space = all(side.moment.samples is not None for side in sides) and positions < size
 
+    @property
+    def coupled(self) -> bool:
+        """Whether any column belongs to more than one side: otherwise sides have nothing in common."""
+        return len(torch.unique(torch.cat([side.index for side in self.sides]))) < sum(
+            len(side.index) for side in self.sides
+        )
+
+    def is_whole(self, at: int) -> bool:
+        """Whether the columns of side ``at`` are those of the unknown, in the same order."""
+        index = self.sides[at].index
+        return len(index) == self.size and bool((index.diff() == 1).all())
+
     def scatter(self, at: int, values: Tensor) -> Tensor:
-        """P_t^T values: [d, r] on the columns of side ``at`` to [size, r]."""
+        """P_t^T values: [d, r] on the columns of side ``at`` to [size, r]; themselves where nothing moves."""
+        if self.is_whole(at):
+            return values
         out = values.new_zeros(self.size, values.shape[1])
         return out.index_copy_(0, self.sides[at].index, values)
 
@@ -150,20 +164,40 @@ class Factor:
 
     def half(self, right: Tensor) -> Tensor:
         """A matrix Y with Y^T Y = right^T (system)^-1 right: [size, r] to [k, r]. Feature space only."""
-        return torch.linalg.solve_triangular(self._lower, right.to(self._lower.dtype), upper=False).to(right.dtype)
+        return self._half(right).to(right.dtype)
 
-    def gains(self, right: Tensor) -> Tensor:
-        """right^T (system)^-1 right, [r, r]."""
-        if self._rows is not None:
-            return right.T @ self.solve(right)
-        half = torch.linalg.solve_triangular(self._lower, right.to(self._lower.dtype), upper=False)
-        return (half.T @ half).to(right.dtype)
+    def gains(self, first: Tensor, second: Tensor, paired: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What right-hand sides gain, b^T (system)^-1 b, and what the first ones gain with the second ones.
+
+        Args:
+            first: [size, n].
+            second: [size, m].
+            paired: each of the first with its own of the second only, n = m.
+
+        Returns:
+            [n] and [m] of each alone, and a^T (system)^-1 b [n, m], or [n] if ``paired``; in the factor's precision.
+        """
+        product = (lambda a, b: (a * b).sum(0)) if paired else (lambda a, b: a.T @ b)
+        if self._rows is None:
+            a, b = self._half(first), self._half(second)
+            found = product(a, b), a.square_().sum(0), b.square_().sum(0)
+        else:
+            root = self._diagonal.sqrt()[:, None]
+            scaled = [right / root for right in (first, second)]
+            a, b = (torch.linalg.solve_triangular(self._lower, self._rows @ (x / root), upper=False) for x in scaled)
+            alone = [x.square().sum(0) - y.square().sum(0) for x, y in zip(scaled, (a, b), strict=True)]
+            found = product(*scaled) - product(a, b), *alone
+        across, one, two = found
+        return one, two, across
 
     def gain(self, right: Tensor) -> Tensor:
-        """The diagonal of :meth:`gains`, [r]."""
+        """What right-hand sides [size, r] gain, b^T (system)^-1 b, [r]."""
         if self._rows is not None:
             return (right * self.solve(right)).sum(0)
         return self.half(right).square_().sum(0)
+
+    def _half(self, right: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._lower, right.to(self._lower.dtype), upper=False)
 
     @property
     def nbytes(self) -> int:
@@ -179,11 +213,11 @@ class Factor:
         first = system.sides[0].moment.mean
         total = first.new_zeros(system.size, system.size)
         diagonal = first.new_zeros(system.size)
-        for side, scale in zip(system.sides, scales, strict=True):
+        for at, (side, scale) in enumerate(zip(system.sides, scales, strict=True)):
             weight = side.alpha * scale**2
             moment = side.moment
             covariance = moment.samples.T @ moment.samples if moment.covariance is None else moment.covariance
-            if len(side.index) == system.size and bool((side.index.diff() == 1).all()):
+            if system.is_whole(at):
                 total.add_(covariance, alpha=weight)
             else:
                 total.index_put_((side.index[:, None], side.index), covariance * weight, accumulate=True)

@@ -18,7 +18,7 @@ from ..merging.match import Slots
 from ..merging.merge import Part, settle
 from ..merging.moments import Moment, Target, View, collect, enough
 from ..merging.norms import folded_affine
-from ..merging.solve import automatic_damping
+from ..merging.solve import SINGLE_PRECISION_FROM, automatic_damping
 from ..network.layout import Run
 from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import Correspondence, LayerGroup
@@ -67,6 +67,7 @@ class Observed:
     moments: Sequence[Mapping[str, Moment]]
     damping: float | None = None
     slots: dict[int, Slots] = field(default_factory=dict)
+    _layers: dict[tuple[int, str], tuple[Tensor, Tensor, Target]] = field(default_factory=dict, repr=False)
 
     def parts(self, group: LayerGroup, rows_of: object = None) -> dict[int, Part]:
         """The layers of a group with rows and columns in stored order.
@@ -98,6 +99,29 @@ class Observed:
         analysis = self.analyses[task]
         view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
         moment = self.moments[task][layer.path]
+        if (task, layer.path) not in self._layers:
+            self._layers[task, layer.path] = self._layer(analysis, view, layer, moment)
+        weight, bias, target = self._layers[task, layer.path]
+        order = analysis.axes.index(layer.columns, self.orders(task))
+        if order is not None:
+            inner = weight.shape[1] // len(order)
+            order = (order[:, None] * inner + torch.arange(inner)).flatten().to(weight.device)
+            moment, weight = moment.select(order), weight[:, order]
+            cross = None if target.cross is None else target.cross[order]
+            target = Target(target.mean, target.variance, cross, target.samples)
+        damping = self.damping or automatic_damping(len(moment.mean), moment.count)
+        part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping, unchanged=True)
+        order = analysis.axes.index(layer.rows, self.orders(task, without=rows_of))
+        if order is not None:
+            part.reorder_rows(order)
+        return part
+
+    @staticmethod
+    def _layer(analysis: Analysis, view: View, layer: Layer, moment: Moment) -> tuple[Tensor, Tensor, Target]:
+        """Weight [r, d] and bias [r] with BatchNorm folded in, and what they put out; in the network's own order.
+
+        Weights of many columns are in float32, as are the factors of their systems.
+        """
         weight = view.matrix(analysis.exported.tensor(layer.weight).detach().double())
         bias = weight.new_zeros(len(weight))
         if layer.bias is not None:
@@ -105,24 +129,21 @@ class Observed:
         if layer.norm is not None:
             scale, shift = folded_affine(analysis, layer.norm)
             weight, bias = weight * scale[:, None], bias * scale + shift
-        order = analysis.axes.index(layer.columns, self.orders(task))
-        if order is not None:
-            inner = weight.shape[1] // len(order)
-            order = (order[:, None] * inner + torch.arange(inner)).flatten().to(weight.device)
-            moment, weight = moment.select(order), weight[:, order]
-        damping = self.damping or automatic_damping(len(moment.mean), moment.count)
-        part = Part(
-            task, layer, view, analysis, moment, own_target(moment, weight, bias), weight, bias, columns, damping
-        )
-        order = analysis.axes.index(layer.rows, self.orders(task, without=rows_of))
-        if order is not None:
-            part.reorder_rows(order)
-        return part
+        target = own_target(moment, weight, bias)
+        return weight if target.cross is None else weight.to(target.cross.dtype), bias, target
 
 
 def own_target(moment: Moment, weight: Tensor, bias: Tensor) -> Target:
-    """Moments of what a layer puts out itself: linear in its input, so no pass over the data is needed."""
-    mean, variance = weight @ moment.mean + bias, moment.variance(weight)
+    """Moments of what a layer puts out itself: linear in its input, so no pass over the data is needed.
+
+    Those of many columns are taken in float32, as are their factors.
+    """
+    mean = weight @ moment.mean + bias
     if moment.samples is not None:
-        return Target(mean, variance, samples=moment.samples @ weight.T)
-    return Target(mean, variance, cross=moment.times(weight))
+        samples = moment.samples @ weight.T
+        return Target(mean, samples.square().sum(0), samples=samples)
+    if len(moment.mean) < SINGLE_PRECISION_FROM:
+        cross = moment.times(weight)
+    else:
+        cross = moment.covariance.float() @ weight.T.float()
+    return Target(mean, (weight.T.to(cross.dtype) * cross).sum(0).double().clamp_min(0), cross=cross)

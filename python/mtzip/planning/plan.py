@@ -22,7 +22,7 @@ from ..trace.analysis import Analysis
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from .activations import correlations, match_by_activations, same_form
 from .budget import Plan, PlannedAxis
-from .descend import Descent
+from .descend import Descent, is_wide
 from .observe import Observed, observe
 from .stored import Arithmetic
 
@@ -64,7 +64,7 @@ def plan_axes(
         return []
     observed = observe_all(analyses, correspondence, batches, damping, store)
     if same_form(analyses):
-        observed.slots = pairings_by_activation(analyses, correspondence, batches, axes, counts, matching)
+        observed.slots = pairings_by_activation(analyses, correspondence, batches, axes, counts, matching, first=True)
     Descent(observed, axes, counts, matching).run(ROUNDS)
     return [(axis, observed.slots[id(axis)]) for axis in coupled]
 
@@ -85,7 +85,9 @@ def make_plan(prepared: Prepared, affine: bool, matching: str, damping: float | 
         observed = observe_all(analyses, correspondence, prepared.chunks, damping, store)
     assignment = "greedy" if matching == "greedy" else "optimal"
     if same_form(analyses):
-        observed.slots = pairings_by_activation(analyses, correspondence, prepared.chunks, axes, full, assignment)
+        observed.slots = pairings_by_activation(
+            analyses, correspondence, prepared.chunks, axes, full, assignment, first=True
+        )
     descent = Descent(observed, axes, full, assignment)
     descent.run(1)
     sensitive = [sensitivities(analysis, chunks) for analysis, chunks in zip(analyses, prepared.chunks, strict=True)]
@@ -111,11 +113,19 @@ def _importance(observed: Observed, group: LayerGroup, sensitive: Sequence[Mappi
     return sum(found) / len(found) if found else 0.0
 
 
-def pairings_by_activation(analyses, correspondence, batches, axes, counts, matching: str) -> dict[int, Slots]:
-    """id of an axis group to its pairing by correlation of activations, where there is one."""
+def pairings_by_activation(
+    analyses, correspondence, batches, axes, counts, matching: str, first: bool = False
+) -> dict[int, Slots]:
+    """id of an axis group to its pairing by correlation of activations, where there is one.
+
+    Wide axes are paired greedily where these are the ``first`` pairings of a descent.
+    """
     few = [_head(chunks, own_share(ACTIVATION_SAMPLES)) for chunks in batches]
     found = correlations(analyses, correspondence, few, axes)
-    slots = {id(a): match_by_activations(a, found[id(a)], counts[a.name], matching) for a in axes}
+    slots = {
+        id(a): match_by_activations(a, found[id(a)], counts[a.name], "greedy" if first and is_wide(a) else matching)
+        for a in axes
+    }
     return {key: value for key, value in slots.items() if value is not None}
 
 
