@@ -5,6 +5,7 @@ mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
 mtzip.save(zipped, "zipped.safetensors")
 """
 
+from .add import add_network
 from .budget import Budget, Plan
 from .deploy.onnx import export_onnx
 from .errors import ZipError
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "ZipError",
     "ZippedNetwork",
+    "add_network",
     "export_onnx",
     "load",
     "plan",

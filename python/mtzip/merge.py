@@ -255,7 +255,7 @@ def match_axis(
     scales = torch.ones(table.shape, dtype=torch.float64)
     costs = torch.zeros(len(table), dtype=torch.float64)
     for at in range(1, len(tasks)):
-        found = [_distances(systems, rows, tasks[: at + 1], table, scales, method) for systems, rows in groups]
+        found = [joining_distances(systems, rows, tasks[: at + 1], table, scales, method) for systems, rows in groups]
         distances = sum(d for d, _ in found)
         if at == 1 and len(tasks) == 2:
             distances = sum(extra, distances)
@@ -275,7 +275,7 @@ def match_axis(
     return slots
 
 
-def _distances(
+def joining_distances(
     systems: Systems, neurons: Mapping[int, Tensor], tasks: Sequence[int], table: Tensor, scales: Tensor, method: str
 ) -> tuple[Tensor, Tensor | None]:
     """What it costs that a neuron of the last task joins a slot, [slots, n], and the best ratio of its scale.

@@ -52,11 +52,11 @@ def prepare(networks: Mapping[str, nn.Module], inputs: Mapping[str, Any], sample
     correspondence = correspond(analyses)
     for task, analysis in enumerate(analyses):
         verify_axes(analysis, task, correspondence)
-    chunks = [_chunks(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
+    chunks = [chunks_of(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
     return Prepared(tasks, analyses, correspondence, chunks, time.perf_counter() - clock)
 
 
-def _chunks(analysis: Analysis, batches):
+def chunks_of(analysis: Analysis, batches):
     """Calibration chunks; of the traced size where the graph insists on one."""
     fixed = analysis.exported.fixed_batch
     if fixed is None:

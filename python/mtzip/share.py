@@ -46,6 +46,8 @@ class ZippedNetwork(nn.Module):
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
         self._together = None  # the graph of all tasks on one input
+        #: Second moments of the shared layers, for :func:`mtzip.add_network`; None unless asked for, and after a load.
+        self.moments: Any = None
         #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
         self.orders: dict[str, dict[str, Tensor]] = {}
 

@@ -13,6 +13,7 @@ variance cost nothing and end at the mean of the old weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
 
 #: Factors of systems from this size on are taken in float32, and solutions refined once on the float64 system.
 SINGLE_PRECISION_FROM = 384
+
+#: First scales that rows of a joint solve may have; rows of more are solved by conjugate gradients, nearby ones with one
+#: factor between them (a step of the grid they are rounded to, and iterations).
+MOST_SCALES, SCALE_STEP, SCALE_ITERATIONS = 64, 2.0, 25
 
 #: Bytes of factors that a system keeps: matching and every later solve use the same few.
 KEEP_FACTORS = 2**30
@@ -262,9 +267,16 @@ def joint_rows(
     target = sum(system.scatter(at, b * scale) for at, (b, scale) in enumerate(zip(right, scales, strict=True)))
     theta = torch.empty_like(target)
     values, which = torch.unique(torch.stack(scales).abs(), dim=1, return_inverse=True)  # the matrix has squares only
+    many = values.shape[1] > MOST_SCALES
+    if many:
+        values, which = torch.unique(rounded_scales(torch.stack(scales)), dim=1, return_inverse=True)
     for at, value in enumerate(values.T.tolist()):
         rows = (which == at).nonzero().flatten()
         factor = system.factor(value)
+        if many:
+            some = [b[:, rows] for b in right], [scale[rows] for scale in scales]
+            theta[:, rows] = system.solve(*some, None, factor, SCALE_ITERATIONS)
+            continue
         theta[:, rows] = factor.solve(target[:, rows])
         if not factor.is_exact:
             residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
@@ -274,6 +286,14 @@ def joint_rows(
         factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
         theta = system.solve(right, scales, theta, factor, steps)
     return theta, fit_scales(system, theta, right) if fit else scales
+
+
+def rounded_scales(scales: Tensor) -> Tensor:
+    """Sizes of scales on a coarse logarithmic grid, relative to the largest, small ones as if they were an eighth."""
+    scales = scales.abs()
+    top = scales.amax(0).clamp_min(torch.finfo(scales.dtype).tiny)
+    steps = (scales / top).clamp_min(SCALE_STEP**-3).log2().div(math.log2(SCALE_STEP)).round()
+    return SCALE_STEP**steps
 
 
 def _normalised(scales: list[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from .budget import Budget, Plan, counts_for_parameters, path_of_counts
 from .deploy.example import remembered
 from .execute import Execution
+from .kept import Kept
 from .orders import stored_orders
 from .plan import make_plan, plan_axes
 from .prepare import Prepared
@@ -49,6 +50,9 @@ def zip_prepared(prepared: Prepared, networks: Mapping[str, nn.Module], options:
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.orders = stored_orders(sweep)
+    if options.keep_moments:
+        layers = dict(zip(tasks, sweep.kept, strict=True))
+        result.moments = Kept(options.method, options.matching, options.affine, options.damping, layers)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
     for analysis in analyses:

@@ -32,6 +32,7 @@ def zip_networks(
     damping: float | None = None,
     reconstructions: int = 0,
     samples: int | None = None,
+    keep_moments: bool = False,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -61,6 +62,9 @@ def zip_networks(
             each costs a fraction of a forward pass.
         samples: most calibration samples to take from each task; None takes all there are.
             Convolutions with many positions a sample take their moments from the first few hundred of them.
+        keep_moments: keep the second moments of what the shared layers read, so that :func:`add_network` can give the
+            shared weights their due weight later, without these inputs. It costs the memory of a square matrix of every
+            shared layer's columns a task.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -83,9 +87,9 @@ def zip_networks(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
             "use matching='optimal'"
         )
-    options = Options(
-        method, {}, matching, affine and method == "refit", damping, reconstructions, progress and ranks.rank == 0
-    )
+    affine = affine and method == "refit"
+    shown = progress and ranks.rank == 0
+    options = Options(method, {}, matching, affine, damping, reconstructions, shown, keep_moments)
     with together(ranks):
         if isinstance(share, Budget):
             result = within(share, prepared, networks, options)
