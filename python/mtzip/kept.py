@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .layout import Run
@@ -104,12 +103,11 @@ def kept_part(
     view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
     leaf = network.get_submodule(place_of(layer)[0])
     assert isinstance(leaf, SharedLayer)
-    with torch.no_grad():
-        plain = leaf.unscaled_weight()
-        stored = view.matrix(plain.transpose(0, 1) if view.transposed else plain).double()
-        ones = stored.new_ones(len(stored))
-        scale = leaf.full_scale().double() if leaf.layout.scaled else ones
-        bias = stored.new_zeros(len(stored)) if leaf.layout.bias is None else leaf.assembled_bias().double()
+    plain = leaf.unscaled_weight().detach()
+    stored = view.matrix(plain.transpose(0, 1) if view.transposed else plain).double()
+    ones = stored.new_ones(len(stored))
+    scale = leaf.full_scale().detach().double() if leaf.layout.scaled else ones
+    bias = stored.new_zeros(len(stored)) if leaf.layout.bias is None else leaf.assembled_bias().detach().double()
     weight, shift, affine, effective = stored * scale[:, None], bias, None, scale
     if layer.norm is not None and fold:
         affine = folded_affine(analysis, layer.norm)

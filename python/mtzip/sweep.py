@@ -207,10 +207,11 @@ class Sweep:
                 f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
                 "expected finite values; check the network and its inputs"
             )
-        weight = view.matrix(analysis.exported.tensor(layer.weight, network).detach().double())
+        # Copies: matching reorders the network's rows in place, and those of the part by themselves.
+        weight = view.matrix(analysis.exported.tensor(layer.weight, network).detach().to(torch.float64, copy=True))
         bias = weight.new_zeros(len(weight))
         if layer.bias is not None:
-            bias = analysis.exported.tensor(layer.bias, network).detach().double()
+            bias = analysis.exported.tensor(layer.bias, network).detach().to(torch.float64, copy=True)
         damping = self.options.damping or automatic_damping(len(moment.mean), moment.count)
         part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
         part.normalised = self.options.method != "mtz"
