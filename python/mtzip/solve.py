@@ -282,7 +282,8 @@ def joint_rows(
             residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
             theta[:, rows] += factor.solve(residual)
     for _ in range(sweeps):
-        scales = _normalised(fit_scales(system, theta, right))
+        scales, size = _normalised(fit_scales(system, theta, right))
+        theta = theta * size  # the same rows: what fits already is not moved
         factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
         theta = system.solve(right, scales, theta, factor, steps)
     return theta, fit_scales(system, theta, right) if fit else scales
@@ -296,8 +297,8 @@ def rounded_scales(scales: Tensor) -> Tensor:
     return SCALE_STEP**steps
 
 
-def _normalised(scales: list[Tensor]) -> list[Tensor]:
-    """Scales with mean square one over the tasks: only their ratio matters, theta takes up the rest."""
+def _normalised(scales: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Scales with mean square one over the tasks, and what they were divided by: theta takes it up."""
     size = (sum(scale.square() for scale in scales) / len(scales)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
-    return [scale / size for scale in scales]
+    return [scale / size for scale in scales], size
