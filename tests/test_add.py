@@ -103,7 +103,6 @@ def test_joining_costs_what_a_joint_merge_costs_and_less_than_a_chain(assert_wit
         assert cost(added, w, q) < cost(chain, w, q)
 
 
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_a_copy_of_a_network_costs_nothing(kind, share):
@@ -222,7 +221,7 @@ def test_one_after_another_saved_loaded_pickled_and_retrained(tmp_path):
     loaded = mtzip.load(tmp_path / "z.safetensors", {task: KINDS["convolutions"][0]() for task in "abcd"}).eval()
     for task, got in outputs(loaded, data).items():
         assert torch.equal(got, outputs(zipped, data)[task])
-    with pytest.raises(ValueError, match="zipped must have the second moments .* keep_moments=True"):
+    with pytest.raises(ValueError, match=r"zipped must have the second moments .* keep_moments=True"):
         mtzip.add_network(loaded, "e", seeded(KINDS["convolutions"][0], 9), data["a"])
 
 

@@ -44,7 +44,9 @@ def stored_slots(layouts: Mapping[int, Layout], first_rows: Mapping[int, Tensor]
     keys = {}
     for task, layout in layouts.items():
         of_row = [
-            (run.tasks, where.start + at) for run, where in pieces(layout.rows) for at in range(where.stop - where.start)
+            (run.tasks, where.start + at)
+            for run, where in pieces(layout.rows)
+            for at in range(where.stop - where.start)
         ]
         keys[task] = [of_row[row] for row in first_rows[task].tolist()]
     new = max(sizes)
@@ -68,9 +70,7 @@ def stored_slots(layouts: Mapping[int, Layout], first_rows: Mapping[int, Tensor]
     return Slots(torch.cat([torch.tensor(table).view(-1, new + 1), own]))
 
 
-def joined_slots(
-    slots: Slots, new: int, count: int, matching: str, writers: Sequence[Writer], method: str
-) -> Slots:
+def joined_slots(slots: Slots, new: int, count: int, matching: str, writers: Sequence[Writer], method: str) -> Slots:
     """Lets ``count`` neurons of a new task join the slots that cost least: the parallel sum with all who share them.
 
     Args:

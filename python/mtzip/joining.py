@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import install, merge
+from . import merge
 from .activations import correlations, same_form
 from .columns import axis_rows
 from .execute import Execution

@@ -88,7 +88,13 @@ class KeptPart(Part):
 
 
 def kept_part(
-    kept: KeptLayer, task: int, layer: Layer, analysis: Analysis, network: nn.Module, columns: tuple[Run, ...], fold: bool
+    kept: KeptLayer,
+    task: int,
+    layer: Layer,
+    analysis: Analysis,
+    network: nn.Module,
+    columns: tuple[Run, ...],
+    fold: bool,
 ) -> KeptPart:
     """A layer of an earlier task as the merge sees it.
 

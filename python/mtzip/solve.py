@@ -28,8 +28,8 @@ DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
 #: Factors of systems from this size on are taken in float32, and solutions refined once on the float64 system.
 SINGLE_PRECISION_FROM = 384
 
-#: First scales that rows of a joint solve may have; rows of more are solved by conjugate gradients, nearby ones with one
-#: factor between them (a step of the grid they are rounded to, and iterations).
+#: Different first scales that rows of a joint solve may have. Beyond that rows of nearby scales share a factor, and are
+#: solved by conjugate gradients: step of the grid that scales are rounded to, and iterations.
 MOST_SCALES, SCALE_STEP, SCALE_ITERATIONS = 64, 2.0, 25
 
 #: Bytes of factors that a system keeps: matching and every later solve use the same few.
