@@ -83,6 +83,7 @@ USES = {
         "planning",
         "within",
     },
+    "adding": {"errors", "inputs", "reports", "within", "zip", *_STAGES},
     "tradeoff": {"network", "planning", "zip"},
     "saving": {"inputs", "reports", "network"},
     "retraining": {"errors", "inputs", "distributed", "trace", "network", "saving"},

@@ -9,7 +9,7 @@ import torch
 from nets import noise
 
 from mtzip.merging.moments import Moment
-from mtzip.merging.solve import JointSystem, Side, automatic_damping, fit_scales, joint_rows
+from mtzip.merging.solve import MOST_SCALES, JointSystem, Side, automatic_damping, fit_scales, joint_rows
 
 ROWS = 4
 
@@ -214,3 +214,25 @@ def test_automatic_damping():
     assert automatic_damping(10, 10_000_000) == 1e-3
     assert automatic_damping(785, 1000) == pytest.approx(0.0785)
     assert automatic_damping(785, 10) == 0.1
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_rows_of_many_different_scales_are_solved_exactly(samples, assert_within):
+    """More scales than factors are taken for, a thousandth and zero among them: every row against a dense solve."""
+    d, rows = 12, MOST_SCALES + 36
+    x = [noise(5, d, seed=seed, dtype=torch.float64) for seed in (1, 2)]
+    sides = [Side(moment_of(x[at], samples), torch.arange(d), 1.0 + at, 0.3) for at in (0, 1)]
+    system = JointSystem(sides, d)
+    assert system.in_sample_space == samples
+    right = [noise(d, rows, seed=seed, dtype=torch.float64) for seed in (3, 4)]
+    scales = [torch.ones(rows, dtype=torch.float64), 2 * noise(rows, seed=5, dtype=torch.float64)]
+    scales[1][:2] = torch.tensor([0.0, 1e-3])
+    theta, got = joint_rows(system, right, scales, fit=False)
+    assert all(map(torch.equal, got, scales))
+    q = [side.apply(torch.eye(d, dtype=torch.float64)) for side in sides]
+    for row in range(rows):
+        s = [float(scale[row]) for scale in scales]
+        expected = torch.linalg.solve(
+            s[0] ** 2 * q[0] + s[1] ** 2 * q[1], s[0] * right[0][:, row] + s[1] * right[1][:, row]
+        )
+        assert_within(theta[:, row], expected, 1e-5, expected.abs().max())

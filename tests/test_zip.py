@@ -488,6 +488,21 @@ def test_a_batchnorm_without_affine_cannot_turn_a_sign():
     assert max(errors(zip_pair(networks, data), networks, data).values()) < 1
 
 
+@pytest.mark.parametrize("kind", ["mlp", "convolutions", "residual"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_networks_come_out_as_float32_ones(kind, method):
+    """The same neurons, the same pairs: what differs is rounding."""
+    make, shape = KINDS[kind]
+    networks, data = pair(make), inputs(*shape)
+    single = zip_pair(networks, data, 0.75, method)
+    double = {task: copy.deepcopy(network).double() for task, network in networks.items()}
+    double = zip_pair(double, {task: x.double() for task, x in data.items()}, 0.75, method)
+    for task in networks:
+        with torch.no_grad():
+            got, expected = double[task](data[task].double()), single[task](data[task]).double()
+        assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 def test_three_copies_are_one():
     networks, data = {task: seeded(Functional) for task in "abc"}, inputs(*IMAGE)
     data = dict.fromkeys("abc", data["a"])

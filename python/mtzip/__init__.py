@@ -5,6 +5,7 @@ mtzip.retrain(zipped, {"a": loader_a, "b": loader_b}, steps=100)
 mtzip.save(zipped, "zipped.safetensors")
 """
 
+from .adding.add import add_network
 from .deploy.onnx import export_onnx
 from .errors import ZipError
 from .network.zipped import ZippedNetwork
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "ZipError",
     "ZippedNetwork",
+    "add_network",
     "export_onnx",
     "load",
     "plan",

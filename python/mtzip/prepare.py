@@ -70,11 +70,11 @@ def prepare(
     found = correspond(analyses, correspondence)
     for task, analysis in enumerate(analyses):
         verify_axes(analysis, task, found)
-    chunks = [_chunks(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
+    chunks = [chunks_of(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
     return Prepared(tasks, analyses, found, chunks, need(analyses, chunks), None, time.perf_counter() - clock)
 
 
-def _chunks(analysis: Analysis, batches):
+def chunks_of(analysis: Analysis, batches):
     """Calibration chunks of a size that memory has room for; of the traced size where the graph insists on one."""
     fixed = analysis.exported.fixed_batch
     if fixed is None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .distributed import own_share, total
 from .merging.execute import Execution
+from .merging.kept import Kept
 from .merging.orders import stored_orders
 from .merging.sensitivity import sensitivities
 from .merging.spill import Store
@@ -65,6 +66,9 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
     originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.orders = stored_orders(sweep)
+    if options.keep_moments:
+        layers = dict(zip(tasks, sweep.kept, strict=True))
+        result.moments = Kept(options.method, options.matching, options.affine, options.damping, layers)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
     for analysis in analyses:

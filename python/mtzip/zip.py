@@ -44,6 +44,7 @@ def zip_networks(
     correspondence: Sequence[Given] | None = None,
     outputs: Mapping[str, Select] | None = None,
     memory: int | float | str | None = None,
+    keep_moments: bool = False,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -83,6 +84,9 @@ def zip_networks(
         memory: bytes, or a text such as "4GB", that activations, moments and factors of calibration may take beside the
             networks and the inputs; None for half of what is free. Activations beyond it go to a temporary folder (in
             ``TMPDIR``), which changes no result. On a GPU it is the GPU's memory. The report has what was needed.
+        keep_moments: keep the second moments of what the shared layers read, so that :func:`add_network` can give the
+            shared weights their due weight later, without these inputs. It costs the memory of a square matrix of every
+            shared layer's columns a task.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -120,9 +124,9 @@ def zip_networks(
             "matching='activation' needs inputs of one shape and type, got networks that take different ones; "
             "use matching='optimal'"
         )
-    options = Options(
-        method, {}, matching, affine and method == "refit", damping, reconstructions, progress and ranks.rank == 0
-    )
+    affine = affine and method == "refit"
+    shown = progress and ranks.rank == 0
+    options = Options(method, {}, matching, affine, damping, reconstructions, shown, keep_moments)
     with together(ranks):
         if isinstance(share, Budget):
             result = within(share, prepared, networks, options)

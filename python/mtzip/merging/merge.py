@@ -265,7 +265,9 @@ def match_axis(
     scales = torch.ones(table.shape, dtype=torch.float64)
     costs = torch.zeros(len(table), dtype=torch.float64)
     for at in range(1, len(tasks)):
-        found = [_distances(systems, rows, tasks[: at + 1], table, scales, method, ratios) for systems, rows in groups]
+        found = [
+            joining_distances(systems, rows, tasks[: at + 1], table, scales, method, ratios) for systems, rows in groups
+        ]
         distances = sum(d for d, _ in found)
         if at == 1 and len(tasks) == 2:
             distances = sum(extra, distances)
@@ -296,10 +298,10 @@ def pair_distances(systems: Systems, neurons: Mapping[int, Tensor], ratios: Sequ
     tasks = sorted(neurons)
     table = torch.arange(len(neurons[tasks[0]]))[:, None]
     scales = torch.ones(table.shape, dtype=torch.float64)
-    return _distances(systems, neurons, tasks, table, scales, "refit", ratios)[0]
+    return joining_distances(systems, neurons, tasks, table, scales, "refit", ratios)[0]
 
 
-def _distances(
+def joining_distances(
     systems: Systems,
     neurons: Mapping[int, Tensor],
     tasks: Sequence[int],

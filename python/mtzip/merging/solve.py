@@ -13,6 +13,7 @@ variance cost nothing and end at the mean of the old weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,10 @@ DAMPING_PER_COLUMN, DAMPING_FLOOR = 0.1, 1e-3
 
 #: Factors of systems from this size on are taken in float32, and solutions refined once on the float64 system.
 SINGLE_PRECISION_FROM = 384
+
+#: Different first scales that rows of a joint solve may have. Beyond that rows of nearby scales share a factor, and are
+#: solved by conjugate gradients: step of the grid that scales are rounded to, and iterations.
+MOST_SCALES, SCALE_STEP, SCALE_ITERATIONS = 64, 2.0, 25
 
 #: Bytes of factors that a system keeps: matching and every later solve use the same few.
 KEEP_FACTORS = 2**30
@@ -296,22 +301,38 @@ def joint_rows(
     target = sum(system.scatter(at, b * scale) for at, (b, scale) in enumerate(zip(right, scales, strict=True)))
     theta = torch.empty_like(target)
     values, which = torch.unique(torch.stack(scales).abs(), dim=1, return_inverse=True)  # the matrix has squares only
+    many = values.shape[1] > MOST_SCALES
+    if many:
+        values, which = torch.unique(rounded_scales(torch.stack(scales)), dim=1, return_inverse=True)
     for at, value in enumerate(values.T.tolist()):
         rows = (which == at).nonzero().flatten()
         factor = system.factor(value)
+        if many:
+            some = [b[:, rows] for b in right], [scale[rows] for scale in scales]
+            theta[:, rows] = system.solve(*some, None, factor, SCALE_ITERATIONS)
+            continue
         theta[:, rows] = factor.solve(target[:, rows])
         if not factor.is_exact:
             residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
             theta[:, rows] += factor.solve(residual)
     for _ in range(sweeps):
-        scales = _normalised(fit_scales(system, theta, right))
+        scales, size = _normalised(fit_scales(system, theta, right))
+        theta = theta * size  # the same rows: what fits already is not moved
         factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
         theta = system.solve(right, scales, theta, factor, steps)
     return theta, fit_scales(system, theta, right) if fit else scales
 
 
-def _normalised(scales: list[Tensor]) -> list[Tensor]:
-    """Scales with mean square one over the tasks: only their ratio matters, theta takes up the rest."""
+def rounded_scales(scales: Tensor) -> Tensor:
+    """Sizes of scales on a coarse logarithmic grid, relative to the largest, small ones as if they were an eighth."""
+    scales = scales.abs()
+    top = scales.amax(0).clamp_min(torch.finfo(scales.dtype).tiny)
+    steps = (scales / top).clamp_min(SCALE_STEP**-3).log2().div(math.log2(SCALE_STEP)).round()
+    return SCALE_STEP**steps
+
+
+def _normalised(scales: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Scales with mean square one over the tasks, and what they were divided by: theta takes it up."""
     size = (sum(scale.square() for scale in scales) / len(scales)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
-    return [scale / size for scale in scales]
+    return [scale / size for scale in scales], size

@@ -25,6 +25,7 @@ from . import install, merge
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
 from .grouped import GroupedPart, grouped_moments, kernel_difference, solve_grouped
+from .kept import KeptLayer
 from .match import Slots
 from .merge import Part
 from .moments import Target, View, collect, enough
@@ -51,6 +52,7 @@ class Options:
         damping: relative to the mean variance of a layer's columns; None chooses it by samples and columns.
         reconstructions: activation-aware substitutions of the target (refit only).
         progress: show a bar.
+        keep_moments: keep what a task that joins later needs.
     """
 
     method: str
@@ -60,6 +62,7 @@ class Options:
     damping: float | None = None
     reconstructions: int = 0
     progress: bool = False
+    keep_moments: bool = False
 
 
 class Sweep:
@@ -80,6 +83,7 @@ class Sweep:
         self.slots: dict[int, Slots] = {}
         self.axes: list[AxisReport] = []
         self.layers: list[LayerReport] = []
+        self.kept: list[dict[str, KeptLayer]] = [{} for _ in tasks]
         self._solved_norms: set[tuple[int, str]] = set()
 
     def run(self) -> None:
@@ -203,10 +207,11 @@ class Sweep:
                 f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
                 "expected finite values; check the network and its inputs"
             )
-        weight = view.matrix(analysis.exported.tensor(layer.weight, network).detach().double())
+        # Copies: matching reorders the network's rows in place, and those of the part by themselves.
+        weight = view.matrix(analysis.exported.tensor(layer.weight, network).detach().to(torch.float64, copy=True))
         bias = weight.new_zeros(len(weight))
         if layer.bias is not None:
-            bias = analysis.exported.tensor(layer.bias, network).detach().double()
+            bias = analysis.exported.tensor(layer.bias, network).detach().to(torch.float64, copy=True)
         damping = self.options.damping or automatic_damping(len(moment.mean), moment.count)
         part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
         part.normalised = self.options.method != "mtz"
@@ -254,6 +259,13 @@ class Sweep:
                 solved = self._solve(systems, runs, starts)
         report = self._install(group, parts, runs, solved)
         report.damping *= systems.escalation
+        self._keep(parts)
+
+    def _keep(self, parts: Mapping[int, Part]) -> None:
+        """Remembers the second moments of a group's layers, if that was asked for."""
+        if self.options.keep_moments:
+            for task, part in parts.items():
+                self.kept[task][part.layer.path] = KeptLayer.of(part)
 
     def _share_grouped(self, group: LayerGroup, members: Sequence[int]) -> None:
         """The same for a convolution with groups."""

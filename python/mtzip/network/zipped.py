@@ -48,6 +48,8 @@ class ZippedNetwork(nn.Module):
         #: Task to what of its output counts, for those that :func:`mtzip.zip_networks` was told of.
         self.outputs: dict[str, Any] = {}
         self._together = None  # the graph of all tasks on one input
+        #: Second moments of the shared layers, for :func:`mtzip.add_network`; None unless asked for, and after a load.
+        self.moments: Any = None
         #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
         self.orders: dict[str, dict[str, Tensor]] = {}
 
