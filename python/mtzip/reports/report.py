@@ -143,7 +143,9 @@ class Report:
         Raises:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
-        values = _REPORT({"memory": {}, **data}, "report")  # files from before it was counted have none
+        if isinstance(data, Mapping):
+            data = {"memory": {}, **data}  # files from before it was counted have none
+        values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
         values["private"] = [Private(**item) for item in values["private"]]
