@@ -67,9 +67,11 @@ class ZippedNetwork(nn.Module):
         self._originals = None
 
     def __getitem__(self, task: str) -> nn.Module:
-        if task not in self.networks:
+        # Not self.networks[task]: the look-ups of nn.Module take as long as a layer of a small network.
+        network = self._modules["networks"]._modules.get(task)
+        if network is None:
             raise unknown_task("task", task, self.tasks)
-        return self.networks[task]
+        return network
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)
