@@ -35,6 +35,8 @@ class Manifest:
         report: what the zip did, None for a network put together otherwise.
         examples: task to shapes and types of an example input, as tensors on the meta device.
         versions: of mtzip and torch that wrote the file.
+        orders: task to path of a module to the original's neuron that each channel of its output is; files from
+            before they were kept have none.
     """
 
     tasks: tuple[str, ...]
@@ -45,6 +47,7 @@ class Manifest:
     report: Report | None
     examples: dict[str, Batch]
     versions: dict[str, str]
+    orders: dict[str, dict[str, tuple[int, ...]]]
 
     @classmethod
     def of(cls, zipped: ZippedNetwork) -> Manifest:
@@ -61,6 +64,7 @@ class Manifest:
             zipped.report,
             {task: batch for task, batch in zipped.example_inputs.items() if task in zipped},
             {"mtzip": _version(), "torch": torch.__version__},
+            {task: {at: tuple(o.tolist()) for at, o in zipped.orders.get(task, {}).items()} for task in zipped},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +84,7 @@ class Manifest:
             "aliases": self.aliases,
             "report": None if self.report is None else self.report.to_dict(),
             "examples": {task: form for task, batch in self.examples.items() if (form := example.to_dict(batch))},
+            "orders": {task: {at: list(order) for at, order in paths.items()} for task, paths in self.orders.items()},
         }
 
     @classmethod
@@ -94,7 +99,7 @@ class Manifest:
         if data.get("version") != VERSION:
             got = str(data.get("version"))[:60]
             raise ValueError(f"the manifest's version must be {VERSION}, got {got}; it was written by another mtzip")
-        values = _MANIFEST(data, "manifest")
+        values = _MANIFEST({"orders": {}, **data}, "manifest")
         del values["format"], values["version"]
         tasks = values["tasks"]
         for name in ("networks", "layers"):
@@ -108,8 +113,9 @@ class Manifest:
                 values["layers"][task][path] = (leaf["class"], layout)
         if values["report"] is not None:
             values["report"] = Report.from_dict(values["report"])
-        if spare := [task for task in values["examples"] if task not in tasks]:
-            raise ValueError(f"manifest.examples must be for the tasks {list(tasks)}, got {spare[0]!r}")
+        for name in ("examples", "orders"):
+            if spare := [task for task in values[name] if task not in tasks]:
+                raise ValueError(f"manifest.{name} must be for the tasks {list(tasks)}, got {spare[0]!r}")
         values["examples"] = {
             task: example.from_dict(form, f"manifest.examples[{task!r}]") for task, form in values["examples"].items()
         }
@@ -193,6 +199,13 @@ def _run(value: Any, where: str) -> tuple[tuple[int, ...], int]:
     return tasks, schema.count(pair[1], f"{where}[1]")
 
 
+def _order(value: Any, where: str) -> tuple[int, ...]:
+    order = schema.listing(schema.count)(value, where)
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"{where} must have every channel from 0 to {len(order) - 1} once, got something else")
+    return order
+
+
 _RUNS = schema.listing(_run)
 _LAYOUT = schema.fields(
     {
@@ -219,5 +232,6 @@ _MANIFEST = schema.fields(
         "aliases": _TEXTS,
         "report": lambda value, where: value,  # Report.from_dict looks at it
         "examples": schema.mapping(lambda value, where: value),  # example.from_dict looks at them
+        "orders": schema.mapping(schema.mapping(_order)),
     }
 )

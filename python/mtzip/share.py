@@ -46,7 +46,7 @@ class ZippedNetwork(nn.Module):
         #: Task to a small batch it was calibrated with: what it is exported with.
         self.example_inputs: dict[str, Any] = {}
         self._together = None  # the graph of all tasks on one input
-        #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
+        #: Task to path of a module to the original's neuron that each channel of its output is.
         self.orders: dict[str, dict[str, Tensor]] = {}
 
     @property
