@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from handmade import ALL, BOTH, CONV, images, share_layer, small, zipped_pair, z
 from torch import nn
 from torch.nn import functional as F
 
-from mtzip.network import assembly
+from mtzip.network import assembly, leaf
+from mtzip.network.layout import Layout, Run
 from mtzip.network.zipped import ZippedNetwork
 
 
@@ -164,7 +166,8 @@ def test_a_network_that_is_gone_keeps_nothing():
     assert not assembly._kept
 
 
-def test_a_layer_shared_as_a_whole_keeps_nothing_of_its_size():
+def test_a_large_layer_shared_as_a_whole_keeps_nothing_of_its_size(monkeypatch):
+    monkeypatch.setattr(leaf, "SMALL", 64)
     networks = {"a": nn.Sequential(nn.Linear(64, 64)), "b": nn.Sequential(nn.Linear(64, 64))}
     share_layer(networks, "0", [(BOTH, 64)], [(BOTH, 64)], scaled=True)
     zipped = ZippedNetwork(networks, None).eval()
@@ -173,6 +176,77 @@ def test_a_layer_shared_as_a_whole_keeps_nothing_of_its_size():
     held = [x for _, values in assembly._kept.values() for x in values["operands"] if x is not None]
     own = {p.data_ptr() for p in zipped.parameters()}
     assert {x.data_ptr() for x in held if x.numel() > 64} <= own
+
+
+@pytest.fixture(name="halves")
+def _halves() -> ZippedNetwork:
+    """Linear layers of both tasks whose rows and columns lie in several runs, with private scales."""
+    networks = {task: nn.Sequential(nn.Linear(12, 20)) for task in "ab"}
+    rows = {task: [(BOTH, 5), ((own,), 7), (BOTH, 8)] for own, task in enumerate("ab")}
+    columns = {task: [((own,), 3), (BOTH, 4), ((own,), 5)] for own, task in enumerate("ab")}
+    shared: dict[str, nn.Parameter] = {}
+    for own, task in enumerate("ab"):
+        layout = Layout(
+            own,
+            tuple(Run(*run) for run in rows[task]),
+            tuple(Run(*run) for run in columns[task]),
+            (Run((own,), 20),),
+            scaled=13,
+        )
+        sizes = {**layout.weight_blocks(), **layout.bias_blocks(), "scale": (13,)}
+        blocks = {}
+        for name, size in sizes.items():
+            values = torch.randn(size, generator=torch.Generator().manual_seed(len(name) + own))
+            parameter = nn.Parameter(values)
+            tied = name != "scale" and layout.block_tasks()[name] == {0, 1}
+            blocks[name] = shared.setdefault(name, parameter) if tied else parameter
+        networks[task][0] = leaf.SharedLinear.wrap(networks[task][0], layout, blocks)
+    return ZippedNetwork(networks, None).eval()
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (12,), (2, 3, 12), (0, 12)])
+def test_a_large_linear_layer_is_applied_block_by_block(halves, monkeypatch, assemblies, shape):
+    x = torch.randn(shape)
+    expected = {task: F.linear(x, halves[task][0].weight, halves[task][0].bias).detach() for task in "ab"}
+    assembled = len(assemblies)
+    monkeypatch.setattr(leaf, "SMALL", 64)
+    for around in (nullcontext, assembly.assembled_anew):
+        for task in "ab":
+            with torch.no_grad(), around():
+                for _ in range(2):
+                    torch.testing.assert_close(halves[task](x), expected[task])
+    assert len(assemblies) == assembled
+    assert all(v is None or v.numel() <= 20 for _, kept in assembly._kept.values() for v in kept["operands"])
+    with torch.no_grad():
+        halves["a"][0].scale.mul_(2.0)
+        layer = halves["a"][0]
+        torch.testing.assert_close(halves["a"](x), F.linear(x, layer.weight, layer.bias))
+    halves["a"](x).sum().backward()
+    assert all(p.grad is not None for p in halves["a"].parameters())
+
+
+def test_block_by_block_under_autocast(halves, monkeypatch):
+    monkeypatch.setattr(leaf, "SMALL", 64)
+    x = torch.randn(6, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = halves["a"](x)
+    assert output.dtype == torch.bfloat16
+    expected = F.linear(x, halves["a"][0].weight, halves["a"][0].bias)
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.1)  # three roundings to 8 bits
+
+
+def test_a_small_layer_with_a_scale_is_one_operator():
+    networks = {task: nn.Sequential(nn.Linear(64, 64)) for task in "ab"}
+    share_layer(networks, "0", [(BOTH, 64)], [(BOTH, 64)], scaled=True)
+    zipped = ZippedNetwork(networks, None).eval()
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        zipped["a"](x)
+        with torch.profiler.profile() as profile:
+            got = zipped["a"](x)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in called and not called & {"aten::mul", "aten::mul_", "aten::add", "aten::add_"}
+    torch.testing.assert_close(got, zipped["a"](x).detach())
 
 
 def test_inference_mode_transforms_and_autocast():

@@ -146,3 +146,20 @@ def test_keys_that_come_twice_and_numbers_json_does_not_have(file, tmp_path):
     ):
         assert changed != header
         refused(signed(changed.replace(r"\"sha256\": \"", r"\"sha256\":\""), parts.tensors), tmp_path / "z", networks)
+
+
+def test_a_file_from_before_orders_were_kept(file, tmp_path):
+    parts = Parts(file)
+    del parts.document["orders"]
+    (tmp_path / "z").write_bytes(parts.bytes())
+    assert load(tmp_path / "z", instances(zipped_pair())).orders == {}
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [{"a": {"conv": [0, 0]}}, {"a": {"conv": [1, 2]}}, {"a": {"conv": [-1, 0]}}, {"a": [0]}, {"c": {}}, [], None],
+)
+def test_orders_that_are_none(orders, file, tmp_path):
+    parts = Parts(file)
+    parts.document["orders"] = orders
+    refused(parts.bytes(), tmp_path / "z", instances(zipped_pair()))

@@ -132,6 +132,21 @@ def test_copies_keep_the_orders():
         assert torch.equal(twin.state_dict()[key], value)
 
 
+def test_a_network_that_was_saved_retrains_to_the_same_weights(tmp_path):
+    x = {task: noise(32, 6) for task in "ab"}
+    networks = {task: seeded(lambda: mlp(6, (8, 7), 3), seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks(networks, x)
+    assert any(not torch.equal(o, torch.arange(len(o))) for paths in zipped.orders.values() for o in paths.values())
+    mtzip.save(zipped, tmp_path / "z.safetensors")
+    loaded = mtzip.load(tmp_path / "z.safetensors", networks)
+    retrain(zipped, x, 3, distill="features")
+    retrain(loaded, x, 3, distill="features", teachers=networks)
+    for key, value in weights_of(zipped).items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    with pytest.raises(ValueError, match="teachers"):
+        retrain(mtzip.load(tmp_path / "z.safetensors", networks), x, 1, distill="features")
+
+
 def test_what_has_no_features_is_said():
     with pytest.raises(ValueError, match=r"layers that tasks share.*got a network that has none; zip with share > 0"):
         retrain(zipped_pair(), inputs(8), 1, distill="features")

@@ -57,6 +57,7 @@ def model_of(calls: Calls, same_input: bool = False, opset: int | None = None) -
         common.CommonSubexpressionEliminationPass()(model)
     for change in (common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.ClearMetadataAndDocStringPass()):
         change(model)
+    _fold_norms(model.graph)
     _shorten(model)
     return model
 
@@ -110,10 +111,45 @@ _ASSUMED = {
     ("Gemm", "beta"): 1.0,
     ("Gemm", "transA"): 0,
     ("BatchNormalization", "training_mode"): 0,
+    ("BatchNormalization", "momentum"): torch.tensor(0.9).item(),
     ("MaxPool", "auto_pad"): "NOTSET",
     ("MaxPool", "ceil_mode"): 0,
     ("MaxPool", "storage_order"): 0,
 }
+
+
+def _fold_norms(graph: ir.Graph) -> None:
+    """Stores two vectors for a BatchNorm, not four: the factor under the key of its weight, the shift of its bias."""
+    made: dict[tuple, ir.Value] = {}
+
+    def constant(name: str, like: Tensor, number: float) -> ir.Value:
+        key = (name, len(like), like.dtype)
+        if key not in made:
+            tensor = TorchTensor(torch.full_like(like, number), name=f"constant/{name}/{len(made)}")
+            made[key] = ir.Value(name=tensor.name, const_value=tensor)
+            graph.register_initializer(made[key])
+        return made[key]
+
+    for node in graph:
+        kind, values = node.op_type, node.inputs
+        if kind != "BatchNormalization" or any(x is None or x.const_value is None for x in values[1:]):
+            continue
+        alone = all(not x.name.startswith("constant/") and len(x.uses()) == 1 for x in values[1:3])
+        weight, bias, mean, variance = (torch.from_numpy(x.const_value.numpy().copy()) for x in values[1:])
+        if not alone or weight.dtype not in (torch.float16, torch.float32, torch.float64):
+            continue
+        epsilon = node.attributes["epsilon"].value if "epsilon" in node.attributes else 1e-5
+        factor = weight.double() / (variance.double() + epsilon).sqrt()
+        shift = bias.double() - mean.double() * factor
+        for value, new in zip(values[1:3], (factor.to(weight.dtype), shift.to(bias.dtype)), strict=True):
+            value.const_value = TorchTensor(new, name=value.name)
+        statistics = values[3:]
+        node.replace_input_with(3, constant("zeros", mean, 0.0))
+        node.replace_input_with(4, constant("ones", variance, 1.0))
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
+        for value in statistics:
+            if not value.uses():
+                graph.initializers.pop(value.name, None)
 
 
 def _shorten(model: ir.Model) -> None:

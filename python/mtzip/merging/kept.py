@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..network.layout import Run
 from ..network.leaf import LEAVES, SharedLayer
-from ..planning.observe import own_target
 from ..trace.analysis import Analysis, Layer
 from .merge import Part, place_of
 from .moments import Moment, View
 from .norms import folded_affine
+from .solve import own_target
 
 
 @dataclass

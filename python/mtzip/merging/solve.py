@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .moments import Moment
+from .moments import Moment, Target
 
 #: Relative damping, lambda over the mean variance of the columns: the more columns to a position the more, but no less
 #: than the floor. Measured on pairs of 784-300-100-10 networks: 0.1 is best for 1,000 images, 0.001 to 0.01 for 10,000.
@@ -39,6 +39,22 @@ KEEP_FACTORS = 2**30
 def automatic_damping(columns: int, positions: int) -> float:
     """Relative damping for a moment of so many columns taken over so many positions."""
     return min(0.1, max(DAMPING_FLOOR, DAMPING_PER_COLUMN * columns / positions))
+
+
+def own_target(moment: Moment, weight: Tensor, bias: Tensor) -> Target:
+    """Moments of what a layer puts out itself: linear in its input, so no pass over the data is needed.
+
+    Those of many columns are taken in float32, as are their factors.
+    """
+    mean = weight @ moment.mean + bias
+    if moment.samples is not None:
+        samples = moment.samples @ weight.T
+        return Target(mean, samples.square().sum(0), samples=samples)
+    if len(moment.mean) < SINGLE_PRECISION_FROM:
+        cross = moment.times(weight)
+    else:
+        cross = moment.covariance.float() @ weight.T.float()
+    return Target(mean, (weight.T.to(cross.dtype) * cross).sum(0).double().clamp_min(0), cross=cross)
 
 
 @dataclass

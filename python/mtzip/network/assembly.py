@@ -5,7 +5,8 @@ changes: every in-place change raises a tensor's version counter, and a block th
 address. Whatever sets the mode, ``eval()`` included, forgets it too. What no counter sees is an in-place write through
 ``.data`` between two forward passes with no call of ``eval()`` in between.
 
-A layer that is shared as a whole keeps nothing of its size: its weight is the stored one.
+What is kept of a large layer is little: one that is shared as a whole uses the stored weight and scales its output, a
+linear layer applies block after block (``leaf.SMALL``). A large convolution of several blocks is kept as a whole.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ _kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDiction
 _on = True
 
 
-def kept(leaf: nn.Module, name: str, make: Callable[[], Any]) -> Any:
-    """What ``make()`` gives, remembered where ``leaf`` is in evaluation mode and nothing needs gradients.
+def kept(leaf: nn.Module, name: str, make: Callable[[bool], Any]) -> Any:
+    """What ``make`` gives, remembered where ``leaf`` is in evaluation mode and nothing needs gradients.
 
     Args:
         leaf: whose own parameters are all that the result depends on.
         name: of the result, among those of the leaf.
-        make: assembles it.
+        make: assembles it; told whether the result will be kept.
     """
     if leaf.training or not _on or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return make()
+        return make(False)
     try:
         state = [(p.data_ptr(), p._version) for p in leaf._parameters.values() if p is not None]
     except (RuntimeError, AttributeError):  # a tensor of a transform or of inference mode, which has no counter
-        return make()
+        return make(False)
     found = _kept.get(leaf)
     if found is None or found[0] != state:
         found = _kept[leaf] = state, {}
     values = found[1]
     if name not in values:
-        values[name] = make()
+        values[name] = make(True)
     return values[name]
 
 

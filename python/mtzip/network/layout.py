@@ -97,6 +97,28 @@ class Layout:
         """Name of the bias of these rows."""
         return f"{self.bias_name}_rows_{_join(rows)}"
 
+    def column_pieces(self, rows: tuple[int, ...]) -> list[tuple[str, slice, slice]]:
+        """What the weight of these rows consists of, from left to right.
+
+        Returns:
+            Name of a block, its columns, and where those lie among the columns of the layer. What follows on another in
+            both is one piece: rows of one task alone are one block for all columns.
+        """
+        found: list[tuple[str, slice, slice]] = []
+        taken: dict[str, int] = {}
+        left = 0
+        for column in self.columns:
+            name = self.block_name(rows, column.tasks)
+            start = taken.get(name, 0)
+            taken[name] = start + column.size
+            first = (start, left)
+            left += column.size
+            if found and found[-1][0] == name:
+                first = found[-1][1].start, found[-1][2].start
+                found.pop()
+            found.append((name, slice(first[0], taken[name]), slice(first[1], left)))
+        return found
+
     def weight_blocks(self) -> dict[str, tuple[int, int]]:
         """Name to (rows, columns) of every weight block."""
         shapes: dict[str, tuple[int, int]] = {}

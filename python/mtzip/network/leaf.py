@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from .assembly import forget, kept
 from .layout import Layout, pieces, totals
 
+#: Entries of a weight (1 MiB in float32) up to which a copy is kept with everything folded in, for speed.
+SMALL = 2**18
+
 
 class SharedLayer:
     """Mixin of the leaf classes: weight and bias are assembled from blocks that tasks may share.
@@ -70,14 +73,7 @@ class SharedLayer:
             return self._parameters[next(iter(layout.weight_blocks()))]
         full: dict[tuple[int, ...], Tensor] = {}
         for tasks in totals(layout.rows):
-            taken: dict[str, int] = {}
-            parts = []
-            for column in layout.columns:
-                name = layout.block_name(tasks, column.tasks)
-                start = taken.get(name, 0)
-                taken[name] = start + column.size
-                block = self._parameters[name]
-                parts.append(block if column.size == block.shape[1] else block[:, start : start + column.size])
+            parts = [_columns(self._parameters[name], where) for name, where, _ in layout.column_pieces(tasks)]
             full[tasks] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         rows = [_piece(full[run.tasks], where) for run, where in pieces(layout.rows)]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -129,10 +125,10 @@ class SharedWeight(SharedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, scale = kept(self, "operands", self._operands)
-        output = self._apply_weight(input, weight, None if scale is not None else bias)
         if scale is None:
-            return output
+            return self._apply_weight(input, weight, bias)
         # Scaling the output keeps the shared weight as it is; scaling the weight would copy it at every call.
+        output = self._apply_weight(input, weight, None)
         scale = scale.to(output.dtype)  # autocast: stay in its type
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             output = output * scale
@@ -140,9 +136,11 @@ class SharedWeight(SharedLayer):
         output.mul_(scale)  # in place: on a CPU a pass over new memory takes several times as long
         return output if bias is None else output.add_(bias.to(output.dtype))
 
-    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _operands(self, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, bias and the scale of the output, None where the weight has it already."""
         if not (self.layout.scaled and self.is_whole):
+            return self.weight, self.bias, None
+        if keep and self.unscaled_weight().numel() <= SMALL:  # there two operators more cost more than a copy takes
             return self.weight, self.bias, None
         channel = (-1,) + (1,) * self._trailing
         bias = self.bias
@@ -162,8 +160,25 @@ class SharedLinear(SharedWeight, nn.Linear):
 
     plain = nn.Linear
 
-    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(input, weight, bias)
+    def _operands(self, keep: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        large = self.in_features * self.out_features > SMALL and not self.is_whole
+        if large and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return None, self.bias, self.full_scale() if self.layout.scaled else None
+        return super()._operands(keep)
+
+    def _apply_weight(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return self._block_by_block(input, bias) if weight is None else F.linear(input, weight, bias)
+
+    def _block_by_block(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The output, every block applied to its columns: the time of the dense product, and no weight of its size."""
+        outputs = {}
+        for tasks in totals(self.layout.rows):
+            for name, where, at in self.layout.column_pieces(tasks):
+                part = F.linear(input[..., at], _columns(self._parameters[name], where))
+                outputs[tasks] = outputs[tasks].add_(part) if tasks in outputs else part
+        rows = [outputs[run.tasks][..., where] for run, where in pieces(self.layout.rows)]
+        output = torch.cat(rows, -1) if len(rows) > 1 else rows[0]
+        return output if bias is None else output.add_(bias.to(output.dtype))
 
 
 class SharedConv1d(SharedWeight, nn.Conv1d):
@@ -193,6 +208,11 @@ LEAVES: dict[type[nn.Module], type[SharedLayer]] = {
 }
 
 
+def _columns(block: Tensor, where: slice) -> Tensor:
+    """Columns of a block; the block itself if those are all."""
+    return block if where.stop - where.start == block.shape[1] else block[:, where]
+
+
 def _piece(block: Tensor, where: slice) -> Tensor:
     """Rows of a block; the block itself if those are all."""
     return block if where.stop - where.start == len(block) else block[where]
@@ -209,7 +229,7 @@ def leaf_class(plain: type[nn.Module], names: tuple[str, str] = ("weight", "bias
     if plain in LEAVES and names == ("weight", "bias"):
         return LEAVES[plain]
     properties = {
-        names[0]: property(lambda leaf: kept(leaf, "weight", leaf.assembled_weight)),
+        names[0]: property(lambda leaf: kept(leaf, "weight", lambda keep: leaf.assembled_weight())),
         names[1]: property(SharedLayer.assembled_bias),
     }
     return type(f"Shared{plain.__name__}", (SharedLayer, plain), {"plain": plain, "__module__": __name__, **properties})

@@ -50,7 +50,7 @@ class ZippedNetwork(nn.Module):
         self._together = None  # the graph of all tasks on one input
         #: Second moments of the shared layers, for :func:`mtzip.add_network`; None unless asked for, and after a load.
         self.moments: Any = None
-        #: Task to path of a module to the original's neuron that each channel of its output is; {} after a load.
+        #: Task to path of a module to the original's neuron that each channel of its output is.
         self.orders: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -71,9 +71,11 @@ class ZippedNetwork(nn.Module):
         self._originals = None
 
     def __getitem__(self, task: str) -> nn.Module:
-        if task not in self.networks:
+        # Not self.networks[task]: the look-ups of nn.Module take as long as a layer of a small network.
+        network = self._modules["networks"]._modules.get(task)
+        if network is None:
             raise unknown_task("task", task, self.tasks)
-        return self.networks[task]
+        return network
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)

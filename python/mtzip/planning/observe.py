@@ -16,9 +16,9 @@ from ..merging.columns import dimension_runs
 from ..merging.execute import Execution
 from ..merging.match import Slots
 from ..merging.merge import Part, settle
-from ..merging.moments import Moment, Target, View, collect, enough
+from ..merging.moments import Moment, View, collect, enough
 from ..merging.norms import folded_affine
-from ..merging.solve import SINGLE_PRECISION_FROM, automatic_damping
+from ..merging.solve import automatic_damping, own_target
 from ..network.layout import Run
 from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import Correspondence, LayerGroup
@@ -131,19 +131,3 @@ class Observed:
             weight, bias = weight * scale[:, None], bias * scale + shift
         target = own_target(moment, weight, bias)
         return weight if target.cross is None else weight.to(target.cross.dtype), bias, target
-
-
-def own_target(moment: Moment, weight: Tensor, bias: Tensor) -> Target:
-    """Moments of what a layer puts out itself: linear in its input, so no pass over the data is needed.
-
-    Those of many columns are taken in float32, as are their factors.
-    """
-    mean = weight @ moment.mean + bias
-    if moment.samples is not None:
-        samples = moment.samples @ weight.T
-        return Target(mean, samples.square().sum(0), samples=samples)
-    if len(moment.mean) < SINGLE_PRECISION_FROM:
-        cross = moment.times(weight)
-    else:
-        cross = moment.covariance.float() @ weight.T.float()
-    return Target(mean, (weight.T.to(cross.dtype) * cross).sum(0).double().clamp_min(0), cross=cross)

@@ -36,6 +36,8 @@ class Manifest:
         examples: task to shapes and types of an example input, as tensors on the meta device.
         outputs: task to the name or index of what of its output counts.
         versions: of mtzip and torch that wrote the file.
+        orders: task to path of a module to the original's neuron that each channel of its output is; files from
+            before they were kept have none.
     """
 
     tasks: tuple[str, ...]
@@ -47,6 +49,7 @@ class Manifest:
     examples: dict[str, Batch]
     outputs: dict[str, str | int]
     versions: dict[str, str]
+    orders: dict[str, dict[str, tuple[int, ...]]]
 
     @classmethod
     def of(cls, zipped: ZippedNetwork) -> Manifest:
@@ -64,6 +67,7 @@ class Manifest:
             {task: batch for task, batch in zipped.example_inputs.items() if task in zipped},
             {task: select for task, select in zipped.outputs.items() if not callable(select)},
             {"mtzip": _version(), "torch": torch.__version__},
+            {task: {at: tuple(o.tolist()) for at, o in zipped.orders.get(task, {}).items()} for task in zipped},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Manifest:
             "report": None if self.report is None else self.report.to_dict(),
             "examples": {task: form for task, batch in self.examples.items() if (form := example.to_dict(batch))},
             "outputs": self.outputs,
+            "orders": {task: {at: list(order) for at, order in paths.items()} for task, paths in self.orders.items()},
         }
 
     @classmethod
@@ -98,7 +103,8 @@ class Manifest:
         if data.get("version") != VERSION:
             got = str(data.get("version"))[:60]
             raise ValueError(f"the manifest's version must be {VERSION}, got {got}; it was written by another mtzip")
-        values = _MANIFEST({"outputs": {}, **data}, "manifest")  # files from before there was a choice have none
+        # files from before there were these have none
+        values = _MANIFEST({"outputs": {}, "orders": {}, **data}, "manifest")
         del values["format"], values["version"]
         tasks = values["tasks"]
         for name in ("networks", "layers"):
@@ -112,7 +118,7 @@ class Manifest:
                 values["layers"][task][path] = (leaf["class"], layout)
         if values["report"] is not None:
             values["report"] = Report.from_dict(values["report"])
-        for name in ("examples", "outputs"):
+        for name in ("examples", "outputs", "orders"):
             if spare := [task for task in values[name] if task not in tasks]:
                 raise ValueError(f"manifest.{name} must be for the tasks {list(tasks)}, got {spare[0]!r}")
         values["examples"] = {
@@ -198,6 +204,13 @@ def _run(value: Any, where: str) -> tuple[tuple[int, ...], int]:
     return tasks, schema.count(pair[1], f"{where}[1]")
 
 
+def _order(value: Any, where: str) -> tuple[int, ...]:
+    order = schema.listing(schema.count)(value, where)
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"{where} must have every channel from 0 to {len(order) - 1} once, got something else")
+    return order
+
+
 _RUNS = schema.listing(_run)
 _LAYOUT = schema.fields(
     {
@@ -225,5 +238,6 @@ _MANIFEST = schema.fields(
         "report": lambda value, where: value,  # Report.from_dict looks at it
         "examples": schema.mapping(lambda value, where: value),  # example.from_dict looks at them
         "outputs": schema.mapping(schema.name_or_index),
+        "orders": schema.mapping(schema.mapping(_order)),
     }
 )
