@@ -12,8 +12,8 @@ from torch import nn
 
 import mtzip
 from bench.paper import __main__ as command
-from bench.paper import ablated, ablations, largest_share, methods, resnets, run, vgg_16
-from bench.paper.case import Case
+from bench.paper import ablated, largest_share, methods, resnets, run, vgg_16
+from bench.paper.case import Case, fewer_tests
 from mtzip import merge, sweep, within
 from mtzip.demo.tasks import Task
 
@@ -110,7 +110,7 @@ def test_ablations_have_every_idea_once():
 
 def test_fewer_tests_keep_images_with_their_labels():
     task = small_case().tasks["a"]
-    few = ablations.fewer_tests(task)
+    few = fewer_tests(task)
     assert torch.equal(few.test_images, task.test_images[::5]) and torch.equal(few.test_labels, task.test_labels[::5])
 
 
