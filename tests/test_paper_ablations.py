@@ -128,7 +128,7 @@ def test_search_finds_the_largest_share_that_holds(limit, expected, monkeypatch,
     monkeypatch.setattr(vgg_16, "cases", lambda quick, ablations: iter([small_case(steps=1)]))
     found = list(largest_share.search(quick=False))
     assert len(found) == 2 * len(tried) and len(tried) <= 5
-    assert f"both: {expected:.0%} " in capsys.readouterr().out
+    assert f"both: {expected:.0%}\n" in capsys.readouterr().out
 
 
 def test_rows_of_a_budget_name_it_and_the_worst_task():
