@@ -333,7 +333,7 @@ def _row_distances(
         many = len(tasks) == 2 and not folded
         ratios = () if not (scalable and scaled) else match.RATIOS if many else match.FEW_RATIOS
         # Around what the tasks' scales are to each other: with ReLU that is anything, as the next layer takes it back.
-        level = math.sqrt(parts[tasks[0]].alpha / parts[new].alpha)
+        level = 1.0 if folded else math.sqrt(parts[tasks[0]].alpha / parts[new].alpha)
         ratios = tuple(level * ratio for ratio in ratios)
         # Weights of rows are scales too: where scales are not searched for they would tell equal rows apart.
         right = [
