@@ -12,8 +12,8 @@ from torch import nn
 
 import mtzip
 from bench.paper import __main__ as command
-from bench.paper import ablated, ablations, largest_share, methods, resnets, run, vgg_16
-from bench.paper.case import Case
+from bench.paper import ablated, largest_share, methods, resnets, run, vgg_16
+from bench.paper.case import Case, fewer_tests
 from mtzip import within
 from mtzip.demo.tasks import Task
 from mtzip.merging import merge, sweep
@@ -111,7 +111,7 @@ def test_ablations_have_every_idea_once():
 
 def test_fewer_tests_keep_images_with_their_labels():
     task = small_case().tasks["a"]
-    few = ablations.fewer_tests(task)
+    few = fewer_tests(task)
     assert torch.equal(few.test_images, task.test_images[::5]) and torch.equal(few.test_labels, task.test_labels[::5])
 
 
@@ -129,7 +129,7 @@ def test_search_finds_the_largest_share_that_holds(limit, expected, monkeypatch,
     monkeypatch.setattr(vgg_16, "cases", lambda quick, ablations: iter([small_case(steps=1)]))
     found = list(largest_share.search(quick=False))
     assert len(found) == 2 * len(tried) and len(tried) <= 5
-    assert f"both: {expected:.0%} " in capsys.readouterr().out
+    assert f"both: {expected:.0%}\n" in capsys.readouterr().out
 
 
 def test_rows_of_a_budget_name_it_and_the_worst_task():

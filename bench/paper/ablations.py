@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from mtzip.demo.tasks import Task
-
 from . import lenet_5, vgg_16
-from .case import Case
+from .case import Case, fewer_tests
 from .methods import ABLATIONS, PLANNING
 
 PLANNED_SHARE = 0.8  # of every axis, against a budget of as many parameters
-QUICK_TEST = 5  # every so many test images
 
 
 def cases(quick: bool, ablations: bool = True) -> Iterator[Case]:
@@ -24,9 +21,3 @@ def cases(quick: bool, ablations: bool = True) -> Iterator[Case]:
             case = dataclasses.replace(case, tasks=tasks, steps=steps, calibration=1000)
         yield dataclasses.replace(case, methods=("mtzip", *ABLATIONS))
         yield dataclasses.replace(case, methods=PLANNING, share=PLANNED_SHARE)
-
-
-def fewer_tests(task: Task) -> Task:
-    """The task with a part of its test images."""
-    few = slice(None, None, QUICK_TEST)
-    return dataclasses.replace(task, test_images=task.test_images[few], test_labels=task.test_labels[few])

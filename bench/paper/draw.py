@@ -41,7 +41,7 @@ def ablations(rows: Rows) -> Figure:
         methods = _methods(rows, case)
         last = max(int(row["steps"]) for row in rows if row["case"] == case)
         for steps, shift, color in ((0, -0.19, BEFORE), (last, 0.19, AFTER))[: 1 + bool(last)]:
-            found = {row["method"]: row for row in rows if row["case"] == case and int(row["steps"]) == steps}
+            found = {_label(row): row for row in rows if row["case"] == case and int(row["steps"]) == steps}
             places = [at + shift for at, method in enumerate(methods) if method in found]
             chosen = [found[method] for method in methods if method in found]
             panel.barh(
@@ -55,8 +55,11 @@ def ablations(rows: Rows) -> Figure:
         panel.set_yticks(range(len(methods)), methods)
         panel.invert_yaxis()
         panel.set_xscale("symlog", linthresh=1)
+        most = panel.get_xlim()[1]
+        ticks = [at for at in (0, 0.5, 1, 2, 5, 10, 20, 50) if at <= most]
+        panel.set_xticks(ticks, [f"{at:g}" for at in ticks])
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_title(case, fontsize=10)
+        panel.set_title(f"{case}, all shared unless named", fontsize=10)
         panel.set_xlabel("mean increase of the test error, percentage points")
         panel.legend(loc="lower right", fontsize=8)
     return figure
@@ -88,7 +91,11 @@ DRAWN = {"ablations": ablations, "several": several}
 
 
 def _methods(rows: Rows, case: str) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows if row["case"] == case))
+    return list(dict.fromkeys(_label(row) for row in rows if row["case"] == case))
+
+
+def _label(row: dict[str, str]) -> str:
+    return row["method"] if row["share"] == "100%" else f"{row['method']}, {row['share']} shared"
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -34,7 +34,7 @@ def search(quick: bool, steps: int | None = None) -> Iterator[Row]:
         found = list(rows(at_share(case, middle * GRID)))
         yield from found
         low, high = (middle, high) if found[-1].worst < LIMIT else (low, middle)
-    print(f"largest share of parameters at < {LIMIT} on both: {low * GRID:.0%} (next {high * GRID:.0%} is not)")
+    print(f"largest share of parameters tried at < {LIMIT} on both: {low * GRID:.0%}")
 
 
 def at_share(case: Case, share: float) -> Case:

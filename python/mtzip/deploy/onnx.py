@@ -24,10 +24,10 @@ def export_onnx(
     """Writes ``zipped`` as an ONNX file: one graph, an input and an output a task, shared weights once.
 
     Task ``a`` has the input ``a`` (``a.<argument>`` where its forward takes several) and the output ``a.output``
-    (``a.<field>`` where it returns several; with ``outputs=`` of the zip, what that selects); every task's batch size is
-    free of the others'. Weights carry the keys of ``zipped.state_dict()``; a BatchNorm's four vectors are stored as the
-    factor and the shift they amount to, under the keys of its weight and bias. The networks are exported as they compute
-    in evaluation mode. The file is written beside ``path`` and renamed.
+    (``a.<field>`` where it returns several; with ``outputs=`` of the zip, what that selects); every task's batch size
+    is free of the others'. Weights carry the keys of ``zipped.state_dict()``; a BatchNorm's four vectors are stored as
+    the factor and the shift they amount to, under the keys of its weight and bias. The networks are exported as they
+    compute in evaluation mode. The file is written beside ``path`` and renamed.
 
     onnxruntime copies weights when it loads a file: it assembles partly shared layers, and packs a shared weight once
     for every layer that uses it. Where memory matters more than the first milliseconds, create the session with

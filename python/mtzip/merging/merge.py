@@ -370,7 +370,9 @@ def _row_distances(
         folded = all(part.fold is not None for part in parts.values())  # of one scale already
         many = len(tasks) == 2 and not folded
         ratios = given or (match.RATIOS if many else match.FEW_RATIOS)
-        ratios = ratios if scalable and scaled else ()
+        # Around what the tasks' scales are to each other: with ReLU that is anything, as the next layer takes it back.
+        level = 1.0 if folded else math.sqrt(parts[tasks[0]].alpha / parts[new].alpha)
+        ratios = tuple(level * ratio for ratio in ratios) if scalable and scaled else ()
         # Weights of rows are scales too: where scales are not searched for they would tell equal rows apart.
         right = [
             parts[task].right_hand_side(side, rows[task], unknown.columns[task], weighted=bool(ratios))
