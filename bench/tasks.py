@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mtzip.demo.networks import LeNet300100
 from mtzip.demo.recipes import trained
 from mtzip.demo.tasks import Task
-from mtzip.merging import merge
+from mtzip.merging import pairing
 from mtzip.merging.columns import axis_rows
+from mtzip.merging.part import Systems, positions
 from mtzip.merging.solve import JointSystem, joint_rows
 from mtzip.planning.activations import same_form
 from mtzip.planning.observe import Observed
@@ -107,8 +108,8 @@ def compare(name: str, networks: Mapping[str, nn.Module], inputs: Mapping[str, T
         if len(every) < len(networks):
             continue
         runs = observed.runs({task: part.layer.rows for task, part in parts.items()})
-        shared = {task: merge.positions(runs[task], every, part.weight.device) for task, part in parts.items()}
-        unknown, system = merge.Systems(parts).of(every, shared_only=True)
+        shared = {task: positions(runs[task], every, part.weight.device) for task, part in parts.items()}
+        unknown, system = Systems(parts).of(every, shared_only=True)
         weights = [parts[task].weight_of(shared[task], unknown.columns[task]).T.contiguous() for task in every]
         if not (system.size and weights[0].shape[1]):
             continue
@@ -133,8 +134,8 @@ def _pair(observed: Observed, chunks) -> None:
             parts = observed.parts(group, rows_of=axis)
             if len(parts) == len(axis.atoms):
                 rows = {t: axis_rows(p.analysis, p.layer.rows, axis.atoms[t]) for t, p in parts.items()}
-                groups.append((merge.Systems(parts), rows))
-        observed.slots[id(axis)] = merge.match_axis(groups, counts[axis.name], "mtz", "optimal")
+                groups.append((Systems(parts), rows))
+        observed.slots[id(axis)] = pairing.match_axis(groups, counts[axis.name], "mtz", "optimal")
 
 
 def triples(quick: bool):

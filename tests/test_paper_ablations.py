@@ -16,7 +16,7 @@ from bench.paper import ablated, largest_share, methods, resnets, run, vgg_16
 from bench.paper.case import Case, fewer_tests
 from mtzip import within
 from mtzip.demo.tasks import Task
-from mtzip.merging import merge, sweep
+from mtzip.merging import pairing, sweep
 
 
 class Net(nn.Module):
@@ -82,11 +82,11 @@ def test_euclidean_pairs_disregard_how_much_inputs_vary():
 
 @pytest.mark.parametrize("context", [ablated.euclidean_pairs, ablated.equal_rows, ablated.moment_of_pixels])
 def test_context_is_undone(context):
-    before = merge.match_axis, within.sensitivities, sweep.collect
+    before = pairing.match_axis, within.sensitivities, sweep.collect
     with pytest.raises(KeyError), context():
-        assert (merge.match_axis, within.sensitivities, sweep.collect) != before
+        assert (pairing.match_axis, within.sensitivities, sweep.collect) != before
         raise KeyError
-    assert (merge.match_axis, within.sensitivities, sweep.collect) == before
+    assert (pairing.match_axis, within.sensitivities, sweep.collect) == before
 
 
 @pytest.mark.parametrize("name", ["rows count alike", "no refit, pixel moments"])

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from mtzip import within
-from mtzip.merging import merge, sweep
+from mtzip.merging import pairing, sweep
 from mtzip.merging.moments import Moment, View
 
 
 @contextlib.contextmanager
 def euclidean_pairs() -> Iterator[None]:
     """Neurons are paired by the plain distance of their weights, not weighted by the Hessian (second moment)."""
-    matched = merge.match_axis
+    matched = pairing.match_axis
 
-    def plain(groups, count, method, matching, extra=()):
+    def plain(groups, count, method, matching, extra=(), ratios=None):
         return matched(groups, count, "average", matching, extra)
 
-    with mock.patch.object(merge, "match_axis", plain):
+    with mock.patch.object(pairing, "match_axis", plain):
         yield
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import mtz_ext
 
-from ..merging import match, merge
+from ..merging import match, pairing
 from ..merging.kept import KeptPart
 from ..merging.match import Slots
-from ..merging.merge import Systems
+from ..merging.part import Systems
 from ..merging.solve import JointSystem, Side, rounded_scales
 from ..network.layout import Layout, pieces
 
@@ -97,7 +97,7 @@ def joined_slots(slots: Slots, new: int, count: int, matching: str, writers: Seq
                     rows = [writer.neurons[t][chosen[:, at], 0] for at, t in enumerate(present)]
                     scales = torch.stack([writer.scales[t].cpu()[r] for t, r in zip(present, rows, strict=True)], 1)
                     scales = rounded_scales(scales.T).T * torch.where(scales < 0, -1.0, 1.0)
-                found, _ = merge.joining_distances(writer.systems, writer.neurons, tasks, chosen, scales, method)
+                found, _ = pairing.joining_distances(writer.systems, writer.neurons, tasks, chosen, scales, method)
                 if scaled and all(isinstance(writer.systems.parts[task], KeptPart) for task in present):
                     rows = dict(zip(present, rows, strict=True))
                     found = torch.minimum(found, _cost_as_stored(writer.systems, rows, new, writer.neurons[new][:, 0]))

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from ..inputs import Batch
 from ..merging import merge
-from ..merging.columns import axis_rows
+from ..merging.columns import axis_rows, unknown_columns
 from ..merging.execute import Execution
 from ..merging.kept import KeptLayer, KeptPart, kept_part, sharers
 from ..merging.match import Slots
-from ..merging.merge import Part, Rows, Systems
+from ..merging.merge import Rows
+from ..merging.part import Part, Systems, place_of, positions, settle
 from ..merging.sweep import Options, Sweep, _layer_size
 from ..network.layout import Run
 from ..network.leaf import SharedLayer, replace_module
@@ -115,7 +116,7 @@ class Joining(Sweep):
         leaves = {}
         for task, layer in group.layers.items():
             if task != self.new and layer.path in self._earlier[task]:
-                leaves[task] = self.networks[task].get_submodule(merge.place_of(layer)[0])
+                leaves[task] = self.networks[task].get_submodule(place_of(layer)[0])
         if not leaves or not all(isinstance(leaf, SharedLayer) for leaf in leaves.values()):
             return ()
         return sharers(list(leaves), leaves)
@@ -141,7 +142,7 @@ class Joining(Sweep):
         """How an axis is stored before the new task joins; None where no earlier task's moments are there."""
         for group in self._whole(axis):
             first = {task: rows[:, 0] for task, rows in self._neurons(group, axis, self._sharers(group)).items()}
-            layouts = {t: self.networks[t].get_submodule(merge.place_of(group.layers[t])[0]).layout for t in first}
+            layouts = {t: self.networks[t].get_submodule(place_of(group.layers[t])[0]).layout for t in first}
             if first:
                 return stored_slots(layouts, first, axis.sizes)
         return None
@@ -155,7 +156,7 @@ class Joining(Sweep):
                 segments = self.analyses[task].axes.resolve(layer.rows) or ()
                 if task == self.new or task in found or axis.atoms.get(task) not in [s.atom for s in segments]:
                     continue
-                leaf = self.networks[task].get_submodule(merge.place_of(layer)[0])
+                leaf = self.networks[task].get_submodule(place_of(layer)[0])
                 if isinstance(leaf, SharedLayer):
                     found[task] = axis_rows(self.analyses[task], layer.rows, axis.atoms[task])[:, 0]
                     layouts[task] = leaf.layout
@@ -265,7 +266,7 @@ class Joining(Sweep):
             kept = self._earlier[task][member.path]
             parts[task] = kept_part(kept, task, member, self.analyses[task], self.networks[task], columns[task], fold)
         parts[new] = self._part(new, layer, columns[new], len(parts) + 1)
-        merge.settle(parts, self.options.affine)
+        settle(parts, self.options.affine)
         systems = Systems(parts)
         for axis in axes:
             if id(axis) not in self._joined:
@@ -294,7 +295,7 @@ class Joining(Sweep):
         starts = {task: torch.ones(len(part.weight), dtype=torch.float64) for task, part in parts.items()}
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: merge.positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+            rows = {task: positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
             if new not in tasks:
                 solved[tasks] = _as_they_are(parts, rows)
                 continue
@@ -328,7 +329,7 @@ class Joining(Sweep):
 
     def _lay_open(self, task: int, layer: Layer) -> None:
         """Puts the plain layer in the place of an earlier task's leaf: it is cut into blocks anew."""
-        leaf = self.networks[task].get_submodule(merge.place_of(layer)[0])
+        leaf = self.networks[task].get_submodule(place_of(layer)[0])
         plain, names = leaf.dense(), leaf.layout.block_tasks()
         trained = any(leaf._parameters[name].requires_grad for name in names)
         for parameter in plain._parameters.values():
@@ -345,7 +346,7 @@ class Joining(Sweep):
 def _as_they_are(parts: Mapping[int, Part], rows: Mapping[int, Tensor]):
     """Rows that the new task has not joined, in the form of :func:`mtzip.merging.merge.solve_rows`."""
     tasks = tuple(sorted(rows))
-    unknown = merge.unknown_columns({t: parts[t].columns for t in tasks}, tasks, parts[tasks[0]].inner)
+    unknown = unknown_columns({t: parts[t].columns for t in tasks}, tasks, parts[tasks[0]].inner)
     first = parts[tasks[0]]
     theta = first.stored.new_zeros(unknown.size, len(rows[tasks[0]]))
     solved = {}

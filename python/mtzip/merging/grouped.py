@@ -18,13 +18,14 @@ import mtz_ext
 from ..distributed import total
 from .columns import Unknown
 from .install import Outputs
-from .merge import Part, Rows
+from .merge import Rows
 from .moments import Moment, Target, View, at_least_float32
+from .part import Part
 
 
 @dataclass
 class GroupedPart(Part):
-    """A :class:`~mtzip.merging.merge.Part` whose weight is [r, d] with the d columns of each row's group.
+    """A :class:`~mtzip.merging.part.Part` whose weight is [r, d] with the d columns of each row's group.
 
     ``moment.mean`` is [g, d], ``moment.covariance`` [g, d, d], ``target.cross`` [g, d, r / g], all in stored
     order, as what the layer reads is.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..network.layout import Layout, Run, pieces, totals
 from ..network.leaf import leaf_class, replace_module
 from .columns import Unknown
-from .merge import Part, Rows, positions
+from .merge import Rows
 from .moments import CONSTANT, cross_moment
 from .norms import refit_norm_, set_statistics_
+from .part import Part, positions
 
 
 def install_shared(

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..network.layout import Run
 from ..network.leaf import LEAVES, SharedLayer
 from ..trace.analysis import Analysis, Layer
-from .merge import Part, place_of
 from .moments import Moment, View
 from .norms import folded_affine
+from .part import Part, place_of
 from .solve import own_target
 
 

@@ -21,15 +21,15 @@ from ..reports.report import AxisReport, LayerReport
 from ..trace.analysis import Analysis, Layer
 from ..trace.axes import Dim
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
-from . import install, merge
+from . import install, merge, pairing
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
 from .grouped import GroupedPart, grouped_moments, kernel_difference, solve_grouped
 from .kept import KeptLayer
 from .match import Slots
-from .merge import Part
 from .moments import Target, View, collect, enough
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
+from .part import Part, Systems, positions, settle
 from .reconstruct import corrected, correction, following
 from .residual import offset_target, skip_of
 from .sensitivity import row_weighting
@@ -177,8 +177,8 @@ class Sweep:
             changed = dict.fromkeys(members, True)
         elif members:
             parts = {task: self._part(task, group.layers[task], columns[task], len(members)) for task in members}
-            merge.settle(parts, self.options.affine)
-            systems = merge.Systems(parts)
+            settle(parts, self.options.affine)
+            systems = Systems(parts)
             for axis in axes:
                 if id(axis) not in self.slots:
                     self._match(axis, systems, writers[id(axis)])
@@ -246,7 +246,7 @@ class Sweep:
         offsets = [before - after for before, after in zip(*skips, strict=True)]
         part.target = offset_target(part.view, inputs, targets, offsets, part.moment, part.target)
 
-    def _share(self, group: LayerGroup, systems: merge.Systems) -> None:
+    def _share(self, group: LayerGroup, systems: Systems) -> None:
         """Solves for the rows of a group whose axes are matched, and installs them."""
         options, parts = self.options, systems.parts
         runs = self._runs({task: part.layer.rows for task, part in parts.items()})
@@ -270,11 +270,11 @@ class Sweep:
     def _share_grouped(self, group: LayerGroup, members: Sequence[int]) -> None:
         """The same for a convolution with groups."""
         parts = {task: self._grouped_part(task, group.layers[task], members) for task in members}
-        merge.settle(parts, self.options.affine)
+        settle(parts, self.options.affine)
         runs = self._runs({task: part.layer.rows for task, part in parts.items()})
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: merge.positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+            rows = {task: positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
             solved[tasks] = solve_grouped(parts, rows, self.options.method)
         self._install(group, parts, runs, solved)
 
@@ -328,7 +328,7 @@ class Sweep:
         self.layers.append(report)
         return report
 
-    def _starts(self, systems: merge.Systems) -> dict[int, torch.Tensor]:
+    def _starts(self, systems: Systems) -> dict[int, torch.Tensor]:
         """Task to the private scale [r] that matching found for every row, in stored order."""
         parts = systems.parts
         starts = {task: torch.ones(len(part.weight), dtype=torch.float64) for task, part in parts.items()}
@@ -341,15 +341,15 @@ class Sweep:
             if len(axis.writers) > 1 and len(members) == 2 and self.options.method == "refit":
                 # Paired for all its writers together: each has a scale of its own.
                 shared = {task: rows[task][: slots.shared].flatten() for task in members}
-                _, ratio = merge.shared_cost(systems, shared)
+                _, ratio = pairing.shared_cost(systems, shared)
                 starts[members[1]][shared[members[1]]] = ratio.cpu()
         return starts
 
-    def _solve(self, systems: merge.Systems, runs: Mapping[int, tuple[Run, ...]], starts: Mapping[int, torch.Tensor]):
+    def _solve(self, systems: Systems, runs: Mapping[int, tuple[Run, ...]], starts: Mapping[int, torch.Tensor]):
         """Rows of every set of tasks that stores some together."""
         solved = {}
         for tasks in dict.fromkeys(run.tasks for task_runs in runs.values() for run in task_runs):
-            rows = {task: merge.positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
+            rows = {task: positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
             solved[tasks] = merge.solve_rows(systems, rows, starts, self.options.method)
         return solved
 
@@ -379,13 +379,13 @@ class Sweep:
             part.target = corrected(part.plain_target, part.moment, *correction(view, inputs, outputs, targets, follow))
         return found
 
-    def _match(self, axis: AxisGroup, systems: merge.Systems, tasks: Sequence[int]) -> None:
+    def _match(self, axis: AxisGroup, systems: Systems, tasks: Sequence[int]) -> None:
         """Matches an axis at the layers that write it, and brings the networks and parts into stored order."""
         count, parts = self.options.counts[axis.name], {task: systems.parts[task] for task in tasks}
         neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
         matching = "greedy" if self.options.matching == "greedy" else "optimal"
         extra = self._kernel_costs(axis, tasks) if self.options.method != "average" and len(tasks) == 2 else []
-        slots = merge.match_axis([(systems, neurons)], count, self.options.method, matching, extra)
+        slots = pairing.match_axis([(systems, neurons)], count, self.options.method, matching, extra)
         self.store(axis, slots)
         for task, part in parts.items():
             orders = {axis.atoms[task]: slots.order(task)}
@@ -428,7 +428,7 @@ class Sweep:
         if layer.bias is None and layer.norm is None:
             part.constant = "none"
         rows = torch.arange(len(part.weight), device=part.weight.device)
-        _, _, solved = merge.solve_rows(merge.Systems({task: part}), {task: rows}, None, "refit")
+        _, _, solved = merge.solve_rows(Systems({task: part}), {task: rows}, None, "refit")
         install.install_private(part, self.networks[task], solved[task])
         size = _layer_size(self.analyses[task], layer)
         name = self.tasks[task]

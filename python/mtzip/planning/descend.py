@@ -16,10 +16,10 @@ from torch import Tensor
 
 import mtz_ext
 
-from ..merging import match, merge
+from ..merging import match, pairing
 from ..merging.columns import axis_rows
 from ..merging.match import Slots
-from ..merging.merge import Part, Systems
+from ..merging.part import Part, Systems, positions
 from ..merging.solve import SINGLE_PRECISION_FROM
 from ..trace.correspond import AxisGroup, LayerGroup
 from .observe import Observed
@@ -156,7 +156,7 @@ class Descent:
         if len(axis.atoms) != 2:
             groups = [self._written(group, axis) for group in self._writers[id(axis)]]
             groups = [group for group in groups if group is not None]
-            return merge.match_axis(groups, self.counts[axis.name], "refit", matching, ratios=RATIOS)
+            return pairing.match_axis(groups, self.counts[axis.name], "refit", matching, ratios=RATIOS)
         found = [self._distances(group, axis) for group in self._writers[id(axis)]]
         found = [distances for distances in found if distances is not None]
         extra = [self._reader_cost(group, axis) for group in self._readers[id(axis)]] if readers else []
@@ -189,7 +189,7 @@ class Descent:
             return None
         systems, rows = written
         whole = all(rows[task].shape == (len(part.weight), 1) for task, part in systems.parts.items())
-        values = merge.pair_distances(systems, rows, _ratios(systems.parts))
+        values = pairing.pair_distances(systems, rows, _ratios(systems.parts))
         energy = sum(
             part.alpha * float(part.target.variance[rows[task].flatten()].sum()) / 2
             for task, part in systems.parts.items()
@@ -260,8 +260,8 @@ class Descent:
         systems = Systems(parts)
         total = 0.0
         for tasks in {run.tasks for task_runs in runs.values() for run in task_runs if len(run.tasks) > 1}:
-            rows = {task: merge.positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
-            total += float(merge.shared_cost(systems, rows, _ratios(parts))[0].sum())
+            rows = {task: positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+            total += float(pairing.shared_cost(systems, rows, _ratios(parts))[0].sum())
         return total
 
 
@@ -279,5 +279,5 @@ def _paired_rows(observed: Observed, parts: Mapping[int, Part]) -> dict[int, Ten
     """Rows that all of some parts share, None where there are none."""
     runs = observed.runs({task: part.layer.rows for task, part in parts.items()})
     tasks = tuple(sorted(parts))
-    rows = {task: merge.positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
+    rows = {task: positions(runs[task], tasks, parts[task].weight.device) for task in tasks}
     return rows if all(len(r) for r in rows.values()) and len({len(r) for r in rows.values()}) == 1 else None

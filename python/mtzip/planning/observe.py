@@ -15,9 +15,9 @@ from torch import Tensor
 from ..merging.columns import dimension_runs
 from ..merging.execute import Execution
 from ..merging.match import Slots
-from ..merging.merge import Part, settle
 from ..merging.moments import Moment, Target, View, collect, enough
 from ..merging.norms import folded_affine
+from ..merging.part import Part, settle
 from ..merging.solve import automatic_damping, own_target
 from ..network.layout import Run
 from ..trace.analysis import Analysis, Layer

@@ -9,7 +9,7 @@ import torch
 
 from ..merging.columns import dimension_runs
 from ..merging.match import Slots, slots_of
-from ..merging.merge import place_of
+from ..merging.part import place_of
 from ..network.layout import Layout, Run
 from ..network.leaf import LEAVES
 from ..trace.analysis import Analysis, Layer
