@@ -42,13 +42,16 @@ def in_turn(zipped: ZippedNetwork, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {task: zipped[task](x) for task in zipped}
 
 
-def assert_in_turn(zipped: ZippedNetwork, x: torch.Tensor) -> None:
+def assert_in_turn(zipped: ZippedNetwork, x: torch.Tensor, exactly: bool = True) -> None:
     """Twice: the first call with a batch size compares, the second runs the graph."""
     for _ in range(2):
         with torch.no_grad():
             outputs = zipped(x)
         for task, expected in in_turn(zipped, x).items():
-            assert torch.equal(outputs[task], expected)
+            if exactly:
+                assert torch.equal(outputs[task], expected)
+            else:
+                torch.testing.assert_close(outputs[task], expected, rtol=1e-6, atol=1e-6)
 
 
 def zipped_mlp(tasks: str = "ab", share: float = 1.0, **options) -> ZippedNetwork:
@@ -70,8 +73,9 @@ def test_a_shared_trunk_runs_once(tasks):
 
 
 def test_private_scales_leave_the_first_product_common():
+    """Alone, a small layer has its scales folded into its weight: equal but for the order of two products."""
     assert counted(zipped_mlp(affine=True), noise(4, 6))[1] == 5
-    assert_in_turn(zipped_mlp(affine=True), noise(4, 6))
+    assert_in_turn(zipped_mlp(affine=True), noise(4, 6), exactly=False)
 
 
 def test_a_half_shared_trunk_has_nothing_in_common_and_runs_in_turn():

@@ -13,8 +13,11 @@ import mtz_ext
 from . import match
 from .columns import Unknown
 from .match import Slots
-from .part import Systems, plain_mean
+from .part import Part, Systems, plain_mean
 from .solve import JointSystem
+
+#: Farthest ratio of two layers' scales that matching follows: beyond it one of them is as good as constant.
+FARTHEST = 1e3
 
 
 def match_axis(
@@ -149,8 +152,7 @@ def _row_distances(
         folded = all(part.fold is not None for part in parts.values())  # of one scale already
         many = len(tasks) == 2 and not folded
         ratios = given or (match.RATIOS if many else match.FEW_RATIOS)
-        # Around what the tasks' scales are to each other: with ReLU that is anything, as the next layer takes it back.
-        level = 1.0 if folded else math.sqrt(parts[tasks[0]].alpha / parts[new].alpha)
+        level = _level(parts[tasks[0]], parts[new])
         ratios = tuple(level * ratio for ratio in ratios) if scalable and scaled else ()
         # Weights of rows are scales too: where scales are not searched for they would tell equal rows apart.
         right = [
@@ -161,6 +163,16 @@ def _row_distances(
     if len(tasks) == 2:
         return match.scale_free_difference(system, right, ratios, alone)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)
+
+
+def _level(first: Part, second: Part) -> float:
+    """What the scales of two tasks' layers are to each other, which ratios of private scales are tried around.
+
+    With ReLU that may be anything, as the next layer takes it back; behind a folded BatchNorm it is one.
+    """
+    if first.fold is not None and second.fold is not None:
+        return 1.0
+    return min(max(math.sqrt(first.alpha / second.alpha), 1 / FARTHEST), FARTHEST)
 
 
 def _gains_alone(parts, rows, unknown: Unknown, system: JointSystem, right: Sequence[Tensor]) -> list[Tensor]:
@@ -197,7 +209,8 @@ def shared_cost(
     scalable = all(part.scalable for part in parts.values()) and len(tasks) == 2
     best = torch.full_like(alone, -torch.inf)
     chosen = torch.ones_like(alone)
-    for ratio in ratios if scalable else (1.0,):
+    level = _level(*parts.values()) if scalable else 1.0
+    for ratio in (level * ratio for ratio in ratios) if scalable else (1.0,):
         factor = system.factor([1.0] * (len(tasks) - 1) + [ratio])
         sign = torch.ones_like(alone)
         if scalable:

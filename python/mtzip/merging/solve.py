@@ -125,7 +125,7 @@ class JointSystem:
 
     def factor(self, scales: list[float], exact: bool = False) -> Factor:
         """Factorises sum_t s_t^2 Q_t for one scale a task; in float64 if ``exact``. Those of small systems are kept."""
-        key = (*(round(float(scale), 6) for scale in scales), exact)
+        key = (*(float(f"{float(scale):.6g}") for scale in scales), exact)
         found = self._factors.get(key)
         if found is None:
             found = Factor(self, list(key[:-1]), exact)
