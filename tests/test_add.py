@@ -140,8 +140,8 @@ def test_adding_is_about_as_good_as_zipping_together(kind, share, method):
     assert added.parameter_count() == added.report.parameters_after < added.report.parameters_before
     together = mtzip.zip_networks(networks, data, share, method)
     total = {name: sum(errors(z, networks, data).values()) for name, z in (("add", added), ("together", together))}
-    # Measured up to 2.1 on these random networks; a chain that forgets the earlier tasks' weights is not in sight.
-    assert total["add"] < 2.5 * total["together"]
+    # Measured up to 1.98 on these random networks, which are the hardest: nothing of them is alike.
+    assert total["add"] < 2.2 * total["together"]
 
 
 def assert_moments_alike(first, second) -> None:
