@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .inputs import CHUNK, Batch
+from .inputs import CHUNK, Batch, leading
 
 #: Most bytes put into one message.
 BUCKET = 64 * 2**20
@@ -189,11 +189,7 @@ def first_samples(batches: list[Batch], samples: int) -> list[Batch]:
     """
     if _ranks.alone:
         return batches
-    taken, own = 0, []
-    for batch in batches:
-        if taken < own_share(samples):
-            own.append(batch.narrow(0, min(batch.size, own_share(samples) - taken)))
-            taken += own[-1].size
+    own = leading(batches, own_share(samples))
     cpu = torch.device("cpu")
     parts = _ranks.gathered([_joined(own).to(cpu)], "calibration")
     everything = _interleaved([part for (part,) in parts]).to(_device_of(own[0]))

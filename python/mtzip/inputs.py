@@ -56,6 +56,17 @@ class Batch:
         return Batch(*(pytree.tree_map(cut, part) for part in (self.args, self.kwargs, self.targets)))
 
 
+def leading(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first so many samples, batch by batch."""
+    taken = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        taken.append(batch.narrow(0, min(batch.size, samples)))
+        samples -= batch.size
+    return taken
+
+
 def as_batch(item: Any) -> Batch:
     """One item of a loader as a :class:`Batch`.
 

@@ -25,9 +25,12 @@ from .trace.analysis import Analysis, Layer
 #: samples are cut up changes sums in their last digits.
 CHUNK_BYTES = 2**27
 
-#: Samples at least that moments are taken over where there are as many (sweep.py), and multiples of a layer's inputs,
-#: of its outputs, and of its moments that are there at a time: copies in stored order, centred ones, factors.
-_SAMPLES, _COPIES, _FACTORS = 256, 3, 6
+#: Samples at least that moments are taken over where there are as many (moments.py), and copies of a layer's inputs,
+#: outputs and moments that are there at a time: in stored order, centred, weighted.
+_SAMPLES, _COPIES = 256, 3
+
+#: Bytes of factors that are kept, and how many a layer has at most (solve.py, match.py).
+_KEPT_FACTORS, _FACTORS = 2**30, 12
 
 #: Samples at most that sensitivities are taken over at once (sensitivity.py).
 _BACKWARD_SAMPLES = 512
@@ -115,10 +118,11 @@ def need(analyses: Sequence[Analysis], chunks: Sequence[list[Batch]]) -> Need:
         largest = min(max(batch.size for batch in batches), _BACKWARD_SAMPLES)
         backward = max(backward, int(2 * largest * sum(_bytes(analysis, node) for node in _calls(analysis))))
         for at, layer in enumerate(analysis.layers.values()):
-            here, kept = _layer(analysis, layer, count)
+            here, own, factors = _layer(analysis, layer, count, len(analyses))
             working = max(working, here)
-            moments[at] = moments.get(at, 0) + kept
-    return Need(live, working + max(moments.values(), default=0), backward, sum(counts))
+            before = moments.get(at, (0, 0))
+            moments[at] = before[0] + own, max(before[1], factors)
+    return Need(live, working + max((sum(pair) for pair in moments.values()), default=0), backward, sum(counts))
 
 
 def limit_of(memory: int | None, wanted: Need, device: torch.device) -> int:
@@ -192,11 +196,11 @@ def _live(analysis: Analysis, samples: int) -> int:
     return int(most * samples)
 
 
-def _layer(analysis: Analysis, layer: Layer, samples: int) -> tuple[int, int]:
-    """Bytes of inputs and outputs at hand while a layer is merged, and of its moments and factors."""
+def _layer(analysis: Analysis, layer: Layer, samples: int, tasks: int) -> tuple[int, int, int]:
+    """Bytes of inputs and outputs at hand while a layer is merged, of its moments, and of factors of all tasks."""
     reads, writes = analysis.shape(layer.input), analysis.shape(layer.node)
     if not reads or not writes:
-        return 0, 0
+        return 0, 0, 0
     size = analysis.exported.example.size
     weight = analysis.exported.tensor(layer.weight)
     rows = weight.shape[1] * layer.groups if layer.transposed else weight.shape[0]
@@ -206,9 +210,14 @@ def _layer(analysis: Analysis, layer: Layer, samples: int) -> tuple[int, int]:
     taken = min(samples, max(_SAMPLES, 64 * columns / max(positions, 1)))
     element = layer.node.meta["val"].element_size()
     values = _COPIES * taken * element * (_product(reads) + _product(writes)) / size
-    rank = min(columns, positions * taken)  # samples instead of columns where they are fewer
-    moments = 8 * (_FACTORS * rank * rank * layer.groups + 3 * rank * columns + 3 * rows * columns)
-    return int(values), int(moments)
+    rank = columns
+    if tasks * positions * taken < columns:  # samples instead of columns where those of all tasks are fewer
+        rank = tasks * positions * taken
+    square = rank * rank * layer.groups
+    moments = 8 * (_COPIES * square + 3 * rank * columns + 3 * rows * columns)
+    # One is being made, in float64 and of a sum in float64; those of many columns are kept in float32.
+    factors = 2 * 8 * square + min(_KEPT_FACTORS, _FACTORS * 4 * square)
+    return int(values), int(moments), int(factors)
 
 
 def _product(shape: Sequence[Any]) -> int:

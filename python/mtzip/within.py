@@ -12,10 +12,11 @@ from torch import nn
 from .distributed import own_share, total
 from .merging.execute import Execution
 from .merging.kept import Kept
+from .merging.options import Options
 from .merging.orders import stored_orders
 from .merging.sensitivity import sensitivities
 from .merging.spill import Store
-from .merging.sweep import Options, Sweep
+from .merging.sweep import Sweep
 from .network.example import remembered
 from .network.zipped import ZippedNetwork
 from .planning.budget import Budget, Plan, counts_for_parameters, path_of_counts

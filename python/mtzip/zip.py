@@ -6,16 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
+from .arguments import check_arguments, check_outputs
 from .distributed import Ranks, agree_, check_same, together
-from .errors import unknown_task
 from .inputs import device_of
 from .memory import bytes_of, limit_of, shown
-from .merging.sweep import Options
-from .network.zipped import ZippedNetwork, check_name
+from .merging.options import Options
+from .network.zipped import ZippedNetwork
 from .planning.activations import same_form
 from .planning.budget import Budget, Plan
 from .planning.plan import make_plan
@@ -25,9 +24,6 @@ from .trace.select import Select
 from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 
 _log = logging.getLogger("mtzip")
-
-METHODS = ("refit", "mtz", "average")
-MATCHINGS = ("optimal", "greedy", "activation")
 
 
 def zip_networks(
@@ -101,8 +97,8 @@ def zip_networks(
         ZipError: a network cannot be traced.
         RuntimeError: another process of the group is gone.
     """
-    _check(networks, inputs, share, method, matching, damping, reconstructions, samples)
-    _check_outputs(outputs, networks)
+    check_arguments(networks, inputs, share, method, matching, damping, reconstructions, samples)
+    check_outputs(outputs, networks)
     allowed = bytes_of(memory)
     ranks = Ranks(distributed)
     settings = (
@@ -125,8 +121,8 @@ def zip_networks(
             "use matching='optimal'"
         )
     affine = affine and method == "refit"
-    shown = progress and ranks.rank == 0
-    options = Options(method, {}, matching, affine, damping, reconstructions, shown, keep_moments)
+    bars = progress and ranks.rank == 0
+    options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments)
     with together(ranks):
         if isinstance(share, Budget):
             result = within(share, prepared, networks, options)
@@ -167,8 +163,8 @@ def plan(
         A plan: print it, change ``plan.counts`` by hand, give it to :func:`zip_networks` as ``share``.
     """
     allowed = bytes_of(memory)
-    _check(networks, inputs, share, "refit", matching, damping, 0, samples)
-    _check_outputs(outputs, networks)
+    check_arguments(networks, inputs, share, "refit", matching, damping, 0, samples)
+    check_outputs(outputs, networks)
     prepared = prepare(networks, inputs, samples, correspondence, outputs)
     _fit(prepared, allowed, False)
     made = make_plan(prepared, affine, matching, damping)
@@ -189,60 +185,6 @@ def _fit(prepared: Prepared, memory: int | None, progress: bool) -> None:
     _log.info(text)
     if progress:
         tqdm.write(text)
-
-
-def _check(networks, inputs, share, method, matching, damping, reconstructions, samples) -> None:
-    for name, value in (("networks", networks), ("inputs", inputs)):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a mapping from task name to value, got {type(value).__name__}")
-    if not networks:
-        raise ValueError("networks must hold at least one network, got none")
-    for task, network in networks.items():
-        check_name(task)
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"networks[{task!r}] must be an nn.Module, got {type(network).__name__}")
-    if set(networks) != set(inputs):
-        raise ValueError(f"inputs must have the tasks of networks, {sorted(networks)}, got {sorted(inputs)}")
-    if len({id(network) for network in networks.values()}) < len(networks):
-        raise ValueError("networks must be different objects, got the same one twice; pass copy.deepcopy of it")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if matching not in MATCHINGS:
-        raise ValueError(f"matching must be one of {MATCHINGS}, got {matching!r}")
-    values = share.values() if isinstance(share, Mapping) else [] if isinstance(share, (Budget, Plan)) else [share]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 0:
-            raise ValueError(f"share must be a fraction in [0, 1] or a mapping of fractions and counts, got {value!r}")
-        if (isinstance(value, float) or not isinstance(share, Mapping)) and value > 1:
-            raise ValueError(f"share must be a fraction in [0, 1], got {value!r}; counts are ints in a mapping")
-    if damping is not None and not 0 < damping < float("inf"):
-        raise ValueError(f"damping must be a positive number or None, got {damping!r}")
-    if reconstructions < 0:
-        raise ValueError(f"reconstructions must be 0 or more, got {reconstructions!r}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples!r}")
-    for task, network in networks.items():
-        for path, parameter in network.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
-
-
-def _check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:
-    if outputs is None:
-        return
-    if not isinstance(outputs, Mapping):
-        raise TypeError(
-            f"outputs must be a mapping from task name to what counts, got {type(outputs).__name__}; "
-            "write {'a': 'logits'}"
-        )
-    for task, select in outputs.items():
-        if task not in networks:
-            raise unknown_task("outputs", task, networks)
-        if isinstance(select, bool) or not (select is None or isinstance(select, (str, int)) or callable(select)):
-            raise TypeError(
-                f"outputs[{task!r}] must be a name, an index, a function of the output or None, "
-                f"got {type(select).__name__}"
-            )
 
 
 def _named(outputs: Mapping[str, Select] | None) -> dict[str, Any]:

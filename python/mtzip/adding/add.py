@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_arguments
 from ..distributed import Ranks, agree_, check_same, together
 from ..inputs import calibration_batches, device_of
 from ..merging.execute import Execution
 from ..merging.kept import Kept
+from ..merging.options import Options
 from ..merging.orders import stored_orders
 from ..merging.sensitivity import sensitivities
-from ..merging.sweep import Options
 from ..network.example import example_of, remembered
 from ..network.zipped import ZippedNetwork
 from ..planning.budget import Budget, Plan
@@ -26,7 +27,6 @@ from ..trace.correspond import correspond
 from ..trace.export import export
 from ..trace.permute import verify_axes
 from ..within import counts_of
-from ..zip import _check
 from .joining import Joining
 
 
@@ -105,7 +105,7 @@ def _check_arguments(zipped, task, network, inputs, share, samples) -> None:
         raise TypeError(f"zipped must be a ZippedNetwork, got {got}; a wrapper (DDP, torch.compile) has it inside")
     if isinstance(share, (Budget, Plan)):
         raise TypeError(f"share must be a fraction or a mapping, got a {type(share).__name__}; budgets are for zipping")
-    _check({task: network}, {task: inputs}, share, "refit", "optimal", None, 0, samples)
+    check_arguments({task: network}, {task: inputs}, share, "refit", "optimal", None, 0, samples)
     if task in zipped:
         raise ValueError(f"task must be none of {list(zipped.tasks)}, got {task!r}; give the new one another name")
     if any(network is known for known in (*zipped.networks.values(), *(zipped.originals or {}).values())):

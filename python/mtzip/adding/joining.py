@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..inputs import Batch
+from ..inputs import leading
 from ..merging import merge
 from ..merging.columns import axis_rows, unknown_columns
 from ..merging.execute import Execution
 from ..merging.kept import KeptLayer, KeptPart, kept_part, sharers
 from ..merging.match import Slots
 from ..merging.merge import Rows
+from ..merging.options import Options
 from ..merging.part import Part, Systems, place_of, positions, settle
-from ..merging.sweep import Options, Sweep, _layer_size
+from ..merging.sweep import Sweep
 from ..network.layout import Run
 from ..network.leaf import SharedLayer, replace_module
 from ..planning.activations import correlations, same_form
@@ -172,7 +173,7 @@ class Joining(Sweep):
             return
         execution = self.executions[self.new]
         if same_form(self.analyses):
-            batches = _first(execution.batches, ACTIVATION_SAMPLES)
+            batches = leading(execution.batches, ACTIVATION_SAMPLES)
             found = correlations(self.analyses, self.correspondence, [batches], coupled)
             for axis in coupled:
                 likeness = self._likeness(axis, found[id(axis)])
@@ -311,7 +312,7 @@ class Joining(Sweep):
             report = self._install(group, parts, runs, solved)
         report.damping *= systems.escalation
         self._keep({new: parts[new]})
-        self.sizes[group.name] = _layer_size(parts[new].analysis, parts[new].layer)
+        self.sizes[group.name] = parts[new].analysis.size_of(parts[new].layer)
         for task, values in norms.items():
             left = torch.tensor([n for n, tasks in enumerate(_owners(runs[task])) if new not in tasks]).long()
             with torch.no_grad():
@@ -361,13 +362,3 @@ def _as_they_are(parts: Mapping[int, Part], rows: Mapping[int, Tensor]):
 def _owners(runs: Sequence[Run]) -> list[tuple[int, ...]]:
     """The tasks that store each neuron."""
     return [run.tasks for run in runs for _ in range(run.size)]
-
-
-def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    taken = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        taken.append(batch.narrow(0, min(batch.size, samples)))
-        samples -= batch.size
-    return taken

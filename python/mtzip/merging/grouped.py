@@ -6,21 +6,29 @@ is one for every shared group, solved together as a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mtz_ext
 
 from ..distributed import total
-from .columns import Unknown
+from ..network.layout import Run
+from ..trace.analysis import Analysis, Layer
+from ..trace.correspond import AxisGroup
+from .columns import Unknown, axis_rows
+from .execute import Execution
 from .install import Outputs
 from .merge import Rows
-from .moments import Moment, Target, View, at_least_float32
+from .moments import MOMENT_SAMPLES, Moment, Target, View, at_least_float32, enough, heads
+from .norms import folded_affine
+from .options import Options
 from .part import Part
+from .solve import automatic_damping
 
 
 @dataclass
@@ -87,6 +95,66 @@ def _column_sum(x: Tensor, kernel, stride, padding, dilation, groups: int) -> Te
     """Sum over positions of the columns of every group, [g, d] float64."""
     columns = F.unfold(x.sum(0, keepdim=True, dtype=torch.float64), kernel, dilation, padding, stride)
     return columns.sum((0, 2)).view(groups, -1)
+
+
+def grouped_part(
+    task: int,
+    layer: Layer,
+    members: Sequence[int],
+    execution: Execution,
+    network: nn.Module,
+    order: Tensor | None,
+    options: Options,
+) -> GroupedPart:
+    """A layer with groups as the merge sees it, in stored row order.
+
+    Args:
+        task, layer: which.
+        members: the tasks that share its groups.
+        execution: at the layer.
+        network: the one being zipped.
+        order: stored order [r] of its rows, None for the network's own.
+        options: of the zip.
+    """
+    analysis, view = execution.analysis, View.of(layer)
+    inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
+    sizes = enough(view, inputs, *MOMENT_SAMPLES)
+    # The moment is in stored order already, as the input is; targets and cross moments are brought into it first.
+    outputs = heads(outputs, sizes)
+    if order is not None:
+        outputs = [z.index_select(1, order.to(z.device)) for z in outputs]
+    moment, target = grouped_moments(view, layer.groups, heads(inputs, sizes), outputs)
+    weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
+    bias = weight.new_zeros(len(weight))
+    if layer.bias is not None:
+        bias = analysis.exported.tensor(layer.bias, network).detach().double()
+    damping = options.damping or automatic_damping(weight.shape[1], moment.count)
+    columns = (Run(tuple(members), weight.shape[1] // math.prod(layer.kernel)),)
+    part = GroupedPart(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
+    part.normalised = options.method != "mtz"
+    if options.method != "average" and layer.norm is not None:
+        part.fold = folded_affine(analysis, layer.norm)
+        if order is not None:
+            part.fold = tuple(value[order.to(value.device)] for value in part.fold)
+        scale, shift = part.fold
+        part.weight, part.bias = weight * scale[:, None], bias * scale + shift
+        cross = target.cross * scale.view(layer.groups, 1, -1)
+        part.target = Target(target.mean * scale + shift, target.variance * scale.square(), cross)
+    return part
+
+
+def kernel_costs(axis: AxisGroup, analyses: Sequence[Analysis], tasks: Sequence[int]) -> list[Tensor]:
+    """What the convolutions with groups on an axis add to the costs [n, m] of pairing its neurons."""
+    costs = []
+    for group in axis.writers:
+        layers = [group.layers.get(task) for task in tasks]
+        if all(layer is not None and layer.groups > 1 and not layer.transposed for layer in layers):
+            weights = []
+            for task, layer in zip(tasks, layers, strict=True):
+                rows = axis_rows(analyses[task], layer.rows, axis.atoms[task])
+                weights.append(analyses[task].exported.tensor(layer.weight).flatten(1)[rows])
+            costs.append(kernel_difference(*weights))
+    return costs
 
 
 def kernel_difference(first: Tensor, second: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def kept_part(
         columns: runs of its columns.
         fold: whether the BatchNorm behind it is folded in.
     """
-    view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+    view = View.of(layer)
     leaf = network.get_submodule(place_of(layer)[0])
     assert isinstance(leaf, SharedLayer)
     plain = leaf.unscaled_weight().detach()

@@ -20,6 +20,10 @@ from torch.nn import functional as F
 import mtz_ext
 
 from ..distributed import gathered_rows, own_share, total
+from ..trace.analysis import Layer
+
+#: Positions to a column and samples that are enough for a layer's moments.
+MOMENT_SAMPLES = (64, 256)
 
 
 @dataclass
@@ -136,6 +140,11 @@ class View:
                 )
             ]
             self.settings = {"stride": (1,) * len(self.kernel), "dilation": given["dilation"]}
+
+    @classmethod
+    def of(cls, layer: Layer) -> View:
+        """How a traced layer reads its input."""
+        return cls(layer.kind, layer.kernel, layer.settings, layer.transposed)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The layer's weight as rows x columns."""
@@ -269,6 +278,11 @@ def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) 
     return [size for size in sizes if size]
 
 
+def heads(chunks: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """The first so many samples of every chunk, as :func:`enough` says; chunks that are not needed left out."""
+    return [x[:size] for x, size in zip(chunks, sizes, strict=False)]
+
+
 def collect(
     view: View, inputs: Iterable[Tensor], targets: Iterable[Tensor] | None = None, tasks: int = 1
 ) -> tuple[Moment, Target | None]:
@@ -351,6 +365,5 @@ CONSTANT = 1e-10
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, the rest as it is."""
     """``x``, half precision as float32: what products and sums are taken in."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -7,9 +7,7 @@ new, solves for the rows, installs them, and runs on. So a zip costs two forward
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -24,45 +22,20 @@ from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from . import install, merge, pairing
 from .columns import axis_rows, dimension_runs
 from .execute import Execution
-from .grouped import GroupedPart, grouped_moments, kernel_difference, solve_grouped
+from .grouped import GroupedPart, grouped_part, kernel_costs, solve_grouped
 from .kept import KeptLayer
 from .match import Slots
-from .moments import Target, View, collect, enough
+from .moments import MOMENT_SAMPLES, View, collect, enough, heads
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
+from .options import Options
 from .part import Part, Systems, positions, settle
 from .reconstruct import corrected, correction, following
 from .residual import offset_target, skip_of
 from .sensitivity import row_weighting
 from .solve import automatic_damping
 
-#: Positions to a column and samples that are enough for a layer's moments, and for a substitution that corrects them.
-MOMENT_SAMPLES = (64, 256)
+#: Positions to a column and samples that are enough for a substitution that corrects moments.
 RECONSTRUCTION_SAMPLES = (20, 64)
-
-
-@dataclass
-class Options:
-    """How to merge.
-
-    Args:
-        method: "refit", "mtz" or "average".
-        counts: axis name to the number of neurons to share.
-        matching: "optimal" or "greedy".
-        affine: private scale and shift per shared neuron where no BatchNorm follows (refit only).
-        damping: relative to the mean variance of a layer's columns; None chooses it by samples and columns.
-        reconstructions: activation-aware substitutions of the target (refit only).
-        progress: show a bar.
-        keep_moments: keep what a task that joins later needs.
-    """
-
-    method: str
-    counts: Mapping[str, int]
-    matching: str = "optimal"
-    affine: bool = True
-    damping: float | None = None
-    reconstructions: int = 0
-    progress: bool = False
-    keep_moments: bool = False
 
 
 class Sweep:
@@ -197,10 +170,10 @@ class Sweep:
         """
         shared = sharers > 1
         execution, analysis, network = self.executions[task], self.analyses[task], self.networks[task]
-        view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+        view = View.of(layer)
         inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
         sizes = enough(view, inputs, *MOMENT_SAMPLES)
-        inputs, outputs = _heads(inputs, sizes), _heads(outputs, sizes)
+        inputs, outputs = heads(inputs, sizes), heads(outputs, sizes)
         moment, target = collect(view, inputs, outputs, sharers)
         if not (torch.isfinite(moment.mean).all() and torch.isfinite(target.variance).all()):
             raise ValueError(
@@ -239,7 +212,7 @@ class Sweep:
         if skip is None or not execution.is_changed(skip):
             return
         targets = [part.original_output(z) for z in outputs]
-        skips = [_heads(values[skip.name], sizes) for values in (execution.original, execution.zipped)]
+        skips = [heads(values[skip.name], sizes) for values in (execution.original, execution.zipped)]
         channel = -1 if part.layer.kind == "linear" else 1
         if part.order is not None:
             skips[0] = [x.index_select(channel, part.order) for x in skips[0]]
@@ -269,7 +242,13 @@ class Sweep:
 
     def _share_grouped(self, group: LayerGroup, members: Sequence[int]) -> None:
         """The same for a convolution with groups."""
-        parts = {task: self._grouped_part(task, group.layers[task], members) for task in members}
+        parts = {}
+        for task in members:
+            order = self.analyses[task].axes.index(group.layers[task].rows, self._orders(task))
+            execution, network, options = self.executions[task], self.networks[task], self.options
+            part = grouped_part(task, group.layers[task], members, execution, network, order, options)
+            part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
+            parts[task] = part
         settle(parts, self.options.affine)
         runs = self._runs({task: part.layer.rows for task, part in parts.items()})
         solved = {}
@@ -278,40 +257,10 @@ class Sweep:
             solved[tasks] = solve_grouped(parts, rows, self.options.method)
         self._install(group, parts, runs, solved)
 
-    def _grouped_part(self, task: int, layer: Layer, members: Sequence[int]) -> GroupedPart:
-        execution, analysis, network = self.executions[task], self.analyses[task], self.networks[task]
-        view = View(layer.kind, layer.kernel, layer.settings)
-        inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
-        sizes = enough(view, inputs, *MOMENT_SAMPLES)
-        # The moment is in stored order already, as the input is; targets and cross moments are brought into it first.
-        order = analysis.axes.index(layer.rows, self._orders(task))
-        outputs = _heads(outputs, sizes)
-        if order is not None:
-            outputs = [z.index_select(1, order.to(z.device)) for z in outputs]
-        moment, target = grouped_moments(view, layer.groups, _heads(inputs, sizes), outputs)
-        weight = analysis.exported.tensor(layer.weight, network).detach().double().flatten(1)
-        bias = weight.new_zeros(len(weight))
-        if layer.bias is not None:
-            bias = analysis.exported.tensor(layer.bias, network).detach().double()
-        damping = self.options.damping or automatic_damping(weight.shape[1], moment.count)
-        columns = (Run(tuple(members), weight.shape[1] // math.prod(layer.kernel)),)
-        part = GroupedPart(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
-        part.normalised = self.options.method != "mtz"
-        part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
-        if self.options.method != "average" and layer.norm is not None:
-            part.fold = folded_affine(analysis, layer.norm)
-            if order is not None:
-                part.fold = tuple(value[order.to(value.device)] for value in part.fold)
-            scale, shift = part.fold
-            part.weight, part.bias = weight * scale[:, None], bias * scale + shift
-            cross = target.cross * scale.view(layer.groups, 1, -1)
-            part.target = Target(target.mean * scale + shift, target.variance * scale.square(), cross)
-        return part
-
     def _install(self, group: LayerGroup, parts: Mapping[int, Part], runs, solved) -> LayerReport:
         """Installs solved rows as leaves, fits the BatchNorm behind them, and reports the layer."""
         options = self.options
-        before = sum(_layer_size(part.analysis, part.layer) for part in parts.values())
+        before = sum(part.analysis.size_of(part.layer) for part in parts.values())
         install.install_shared(parts, self.networks, runs, solved, options.affine, self._set_network)
         report = LayerReport(group.name, before, 0)
         for task, part in parts.items():
@@ -367,8 +316,8 @@ class Sweep:
             found = True
             view = part.view
             sizes = enough(view, execution.inputs(layer), *RECONSTRUCTION_SAMPLES)
-            inputs = _heads(execution.inputs(layer), sizes)
-            originals = _heads(execution.original[layer.node.name], sizes)
+            inputs = heads(execution.inputs(layer), sizes)
+            originals = heads(execution.original[layer.node.name], sizes)
             rows = install.assembled(runs[task], solved, task)
             scale, bias = install.effective_affine(part, rows, install.Outputs.of(part, rows))
             weight = rows.weight * scale[:, None]
@@ -384,25 +333,12 @@ class Sweep:
         count, parts = self.options.counts[axis.name], {task: systems.parts[task] for task in tasks}
         neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
         matching = "greedy" if self.options.matching == "greedy" else "optimal"
-        extra = self._kernel_costs(axis, tasks) if self.options.method != "average" and len(tasks) == 2 else []
+        extra = kernel_costs(axis, self.analyses, tasks) if self.options.method != "average" and len(tasks) == 2 else []
         slots = pairing.match_axis([(systems, neurons)], count, self.options.method, matching, extra)
         self.store(axis, slots)
         for task, part in parts.items():
             orders = {axis.atoms[task]: slots.order(task)}
             part.reorder_rows(part.analysis.axes.index(part.layer.rows, orders))
-
-    def _kernel_costs(self, axis: AxisGroup, tasks: Sequence[int]) -> list[torch.Tensor]:
-        """What the convolutions with groups on an axis add to the costs [n, m] of pairing its neurons."""
-        costs = []
-        for group in axis.writers:
-            layers = [group.layers.get(task) for task in tasks]
-            if all(layer is not None and layer.groups > 1 and not layer.transposed for layer in layers):
-                weights = []
-                for task, layer in zip(tasks, layers, strict=True):
-                    rows = axis_rows(self.analyses[task], layer.rows, axis.atoms[task])
-                    weights.append(self.analyses[task].exported.tensor(layer.weight).flatten(1)[rows])
-                costs.append(kernel_difference(*weights))
-        return costs
 
     def store(self, axis: AxisGroup, slots: Slots) -> None:
         """Takes over how an axis is stored: brings the networks into that order and reports it."""
@@ -430,7 +366,7 @@ class Sweep:
         rows = torch.arange(len(part.weight), device=part.weight.device)
         _, _, solved = merge.solve_rows(Systems({task: part}), {task: rows}, None, "refit")
         install.install_private(part, self.networks[task], solved[task])
-        size = _layer_size(self.analyses[task], layer)
+        size = self.analyses[task].size_of(layer)
         name = self.tasks[task]
         error = install.relative_error(part, solved[task], install.Outputs.of(part, solved[task]))
         space = "sample" if part.moment.samples is not None else "feature"
@@ -442,16 +378,6 @@ class Sweep:
     def _set_network(self, task: int, network: nn.Module) -> None:
         self.networks[task] = network
         self.executions[task].network = network
-
-
-def _heads(chunks: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The first so many samples of every chunk; chunks that are not needed left out."""
-    return [x[:size] for x, size in zip(chunks, sizes, strict=False)]
-
-
-def _layer_size(analysis: Analysis, layer: Layer) -> int:
-    paths = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
-    return sum(analysis.exported.tensor(path).numel() for path in paths)
 
 
 def _distinct_size(networks: Sequence[nn.Module], parts: Mapping[int, Part]) -> int:

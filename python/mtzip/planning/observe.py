@@ -42,7 +42,7 @@ def observe(execution: Execution, paths: Sequence[str]) -> dict[str, Moment]:
         execution.advance(layer.node, lambda *_: False)
         if layer.path in wanted:
             wanted.discard(layer.path)
-            view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+            view = View.of(layer)
             inputs = execution.inputs(layer)
             sizes = enough(view, inputs, *PLAN_SAMPLES)
             moments[layer.path], _ = collect(view, [x[:size] for x, size in zip(inputs, sizes, strict=False)])
@@ -97,7 +97,7 @@ class Observed:
 
     def _part(self, task: int, layer: Layer, columns: tuple[Run, ...], rows_of: object) -> Part:
         analysis = self.analyses[task]
-        view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+        view = View.of(layer)
         moment = self.moments[task][layer.path]
         if (task, layer.path) not in self._layers:
             self._layers[task, layer.path] = self._layer(analysis, view, layer, moment)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..distributed import own_share
-from ..inputs import Batch
+from ..inputs import Batch, leading
 from ..merging.execute import Execution
 from ..merging.match import Slots
 from ..merging.moments import View
@@ -107,7 +107,7 @@ def _importance(observed: Observed, group: LayerGroup, sensitive: Sequence[Mappi
     for task, layer in group.layers.items():
         moment, weights = observed.moments[task].get(layer.path), sensitive[task].get(layer.path)
         if moment is not None and weights is not None:
-            view = View(layer.kind, layer.kernel, layer.settings, layer.transposed)
+            view = View.of(layer)
             matrix = view.matrix(observed.analyses[task].exported.tensor(layer.weight).detach().double())
             found.append(float((weights.to(matrix.device) * moment.variance(matrix)).sum()))
     return sum(found) / len(found) if found else 0.0
@@ -120,7 +120,7 @@ def pairings_by_activation(
 
     Wide axes are paired greedily where these are the ``first`` pairings of a descent.
     """
-    few = [_head(chunks, own_share(ACTIVATION_SAMPLES)) for chunks in batches]
+    few = [leading(chunks, own_share(ACTIVATION_SAMPLES)) for chunks in batches]
     found = correlations(analyses, correspondence, few, axes)
     slots = {
         id(a): match_by_activations(a, found[id(a)], counts[a.name], "greedy" if first and is_wide(a) else matching)
@@ -151,14 +151,3 @@ def observe_all(
 
 def _is_dense(group: LayerGroup) -> bool:
     return all(layer.private is None and layer.groups == 1 for layer in group.layers.values())
-
-
-def _head(chunks: Sequence[Batch], samples: int) -> list[Batch]:
-    """The first so many samples, chunk by chunk."""
-    taken = []
-    for chunk in chunks:
-        if samples <= 0:
-            break
-        taken.append(chunk.narrow(0, min(chunk.size, samples)))
-        samples -= chunk.size
-    return taken

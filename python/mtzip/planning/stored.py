@@ -32,7 +32,7 @@ class Arithmetic:
         self._touching = [self._names(group) for group in correspondence.layers]
         self._sizes: dict[tuple, int] = {}
         self._rest = self.total - sum(
-            _size(analyses[task], layer) for group in correspondence.layers for task, layer in group.layers.items()
+            analyses[task].size_of(layer) for group in correspondence.layers for task, layer in group.layers.items()
         )
 
     def stored(self, counts: Mapping[str, int]) -> int:
@@ -57,9 +57,9 @@ class Arithmetic:
     def _group_size(self, group: LayerGroup, counts: Mapping[str, int]) -> int:
         slots = {id(axis): _first(axis, counts[name]) for name, axis in self._axes.items() if counts.get(name)}
         sharing = [t for t, layer in group.layers.items() if layer.private is None and self._shares(t, layer, slots)]
-        own = sum(_size(self.analyses[t], layer) for t, layer in group.layers.items() if t not in sharing)
+        own = sum(self.analyses[t].size_of(layer) for t, layer in group.layers.items() if t not in sharing)
         if len(sharing) < 2:
-            return own + sum(_size(self.analyses[t], group.layers[t]) for t in sharing)
+            return own + sum(self.analyses[t].size_of(group.layers[t]) for t in sharing)
         layers = {task: group.layers[task] for task in sharing}
         every = {task: layer.columns for task, layer in group.layers.items()}
         rows = self._runs({task: layer.rows for task, layer in layers.items()}, slots)
@@ -104,8 +104,3 @@ def _first(axis: AxisGroup, count: int) -> Slots:
     tasks = sorted(axis.atoms)
     shared = torch.arange(count)[:, None].expand(count, len(tasks))
     return slots_of(shared, tasks, [axis.sizes[task] for task in tasks])
-
-
-def _size(analysis: Analysis, layer: Layer) -> int:
-    paths = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
-    return sum(analysis.exported.tensor(path).numel() for path in paths)

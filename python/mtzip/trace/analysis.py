@@ -131,6 +131,10 @@ class Analysis:
         atoms = {segment.atom for layer in self.layers.values() for segment in self.axes.resolve(layer.rows)}
         return any(segment.atom in atoms for segment in self.axes.resolve(dim) or ())
 
+    def size_of(self, layer: Layer) -> int:
+        """Parameters of a layer: its weight and its bias."""
+        return sum(self.exported.tensor(path).numel() for path in (layer.weight, layer.bias) if path is not None)
+
     def pin(self, dim: Dim, node: fx.Node, what: str) -> None:
         """Fixes the order of ``dim`` because of what ``node`` does."""
         self.axes.pin(dim, f"{where(node)} {what}")
