@@ -98,14 +98,14 @@ class Joining(Sweep):
 
     def run(self) -> None:
         """Joins every group in the new network's order, then runs to the end."""
-        execution, visit = self.executions[self.new], self._visit(self.new)
+        execution = self.executions[self.new]
         self._join_coupled()
         groups = [group for group in self.correspondence.layers if self.new in group.layers]
         for group in tqdm(groups, "join", unit="layer", disable=None if self.options.progress else True, leave=False):
             layer = group.layers[self.new]
-            execution.advance(layer.node, visit)
+            execution.advance(layer.node, self._visits(self.new))
             execution.finish(layer.node, self._join(group, layer))
-        execution.advance(None, visit)
+        execution.advance(None, self._visits(self.new))
 
     # -- which axes --------------------------------------------------------------------------------------------
 

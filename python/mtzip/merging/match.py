@@ -12,7 +12,8 @@ parallel sum of Q_A and r^2 Q_B between a and b / r.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Slots:
     costs: Tensor | None = None
     scales: Tensor | None = None
     energy: float = 0.0
+    _known: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)  # asked for again and again
 
     @property
     def difference(self) -> float:
@@ -51,8 +53,10 @@ class Slots:
 
     def order(self, task: int) -> Tensor:
         """Neurons of a task in stored order, [n]."""
-        column = self.table[:, task]
-        return column[column >= 0]
+        if task not in self._known:
+            column = self.table[:, task]
+            self._known[task] = column[column >= 0]
+        return self._known[task]
 
     def scale(self, task: int) -> Tensor:
         """Private scale of every neuron of a task in stored order, [n]."""
@@ -61,10 +65,11 @@ class Slots:
 
     def runs(self, task: int, members: Sequence[int]) -> tuple[Run, ...]:
         """Runs of a task's stored order when only the tasks of ``members`` share."""
-        sets = []
-        for row in self.table[self.table[:, task] >= 0].tolist():
-            sets.append(tuple(t for t in members if row[t] >= 0))
-        return merge_runs([Run(tasks, 1) for tasks in sets])
+        key = task, tuple(members)
+        if key not in self._known:
+            rows = self.table[self.table[:, task] >= 0].tolist()
+            self._known[key] = merge_runs([Run(tuple(t for t in members if row[t] >= 0), 1) for row in rows])
+        return self._known[key]
 
     @property
     def shared(self) -> int:

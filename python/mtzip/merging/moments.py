@@ -260,7 +260,11 @@ class View:
         """Sum over positions of the columns, [d]. Unfolds the sum over samples, which is one image."""
         if self.is_linear:
             return x.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
-        return self.unfold(x.sum(0, keepdim=True)).sum(0)
+        # As a product over the values as they lie in memory: a reduction crawls where channels are last.
+        last = x.movedim(1, -1).is_contiguous()
+        values = x.movedim(1, -1) if last else x
+        image = (x.new_ones(1, len(x)) @ values.reshape(len(x), -1)).view(1, *values.shape[1:])
+        return self.unfold(image.movedim(-1, 1) if last else image).sum(0)
 
 
 def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) -> list[int]:

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from ..distributed import gathered_rows, total
 from ..trace import rules
 from ..trace.analysis import Layer
 from .execute import Execution
-from .moments import Moment, Target, View, at_least_float32
-from .reconstruct import corrected
+from .moments import at_least_float32
 
 #: Operators between a layer and an addition that leave values as they are (in evaluation).
 _SAME = ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy")
@@ -45,40 +43,33 @@ def skip_of(execution: Execution, layer: Layer) -> fx.Node | None:
     return None
 
 
-def offset_target(
-    view: View,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    moment: Moment,
-    t: Target,
-) -> Target:
-    """A target moved by an offset at every position.
+def without_loss(
+    execution: Execution, layer: Layer, outputs: Sequence[Tensor], order: Tensor | None, fold: tuple | None
+) -> list[Tensor] | None:
+    """What a layer should put out so that the sum behind it is the original's; None where there is nothing to make up.
 
     Args:
-        view: of the layer.
-        inputs: chunks of what it reads.
-        outputs: chunks of the target as it is.
-        offsets: chunks of what is to be added to it.
-        moment: of the inputs.
-        t: moments of the target as it is.
+        execution: at the layer.
+        layer: it may stand in front of an addition.
+        outputs: the first samples of chunks of what the original puts out.
+        order: stored order [r] of the rows, None for the network's own.
+        fold: ([r], [r]) scale and shift of a BatchNorm to apply to ``outputs``, None for none.
     """
-    outputs, offsets = ([at_least_float32(x) for x in chunks] for chunks in (outputs, offsets))
-    moved = [z + offset for z, offset in zip(outputs, offsets, strict=True)]
-    count = moment.count
-    mean = total(sum(view.rows(offset).sum(0, dtype=torch.float64) for offset in offsets)) / count
-    if t.samples is not None:
-        rows = gathered_rows(torch.cat([view.rows(offset).double() for offset in offsets]))
-        extra = rows.sub_(mean).div_(count**0.5)
-        samples = t.samples + extra
-        return Target(t.mean + mean, samples.square().sum(0), samples=samples)
-    cross = total(
-        sum(view.cross_moment(at_least_float32(x), offset).double() for x, offset in zip(inputs, offsets, strict=True))
-    )
-    square = total(
-        sum(
-            (view.rows(new).double().square() - view.rows(old).double().square()).sum(0)
-            for new, old in zip(moved, outputs, strict=True)
-        )
-    )
-    return corrected(t, moment, cross / count, mean, square / count)
+    skip = skip_of(execution, layer)
+    if skip is None or not execution.is_changed(skip):
+        return None
+    channel = -1 if layer.kind == "linear" else 1
+    back = None if order is None else torch.argsort(order)
+    found = []
+    for z, before, after in zip(outputs, execution.original[skip.name], execution.zipped[skip.name], strict=False):
+        before, after = at_least_float32(before[: len(z)]), at_least_float32(after[: len(z)])
+        moved = before - (after if back is None else after.index_select(channel, back.to(after.device)))
+        z = at_least_float32(z)
+        if fold is None:
+            found.append(moved.add_(z))
+        else:
+            shape = [1] * z.dim()
+            shape[channel] = -1
+            scale, shift = (value.to(z.dtype).view(shape) for value in fold)
+            found.append(moved.addcmul_(z, scale).add_(shift))
+    return found

@@ -125,6 +125,11 @@ class Values(Sequence):
                 return True
         return False
 
+    def drop(self, index: int) -> None:
+        """Lets go of one chunk's value, which nobody reads any more."""
+        item, self._items[index] = self._items[index], None
+        self._let_go(item)
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -136,10 +141,13 @@ class Values(Sequence):
 
     def __del__(self) -> None:
         for item in self._items:
-            if isinstance(item, _OnDisk):
-                item.remove()
-            else:
-                self._store.count(item, -1)
+            self._let_go(item)
+
+    def _let_go(self, item: Any) -> None:
+        if isinstance(item, _OnDisk):
+            item.remove()
+        else:
+            self._store.count(item, -1)
 
 
 class _OnDisk:

@@ -7,7 +7,8 @@ new, solves for the rows, installs them, and runs on. So a zip costs two forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ..network.layout import Run
 from ..network.leaf import LEAVES
 from ..reports.report import AxisReport, LayerReport
-from ..trace.analysis import Analysis, Layer
+from ..trace.analysis import Analysis, Layer, Norm
 from ..trace.axes import Dim
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from . import install, merge, pairing
@@ -30,7 +31,7 @@ from .norms import channel_statistics, folded_affine, refit_norm_, set_statistic
 from .options import Options
 from .part import Part, Systems, positions, settle
 from .reconstruct import corrected, correction, following
-from .residual import offset_target, skip_of
+from .residual import without_loss
 from .sensitivity import row_weighting
 from .solve import automatic_damping
 
@@ -71,35 +72,36 @@ class Sweep:
         for group in bar:
             bar.set_postfix_str(group.name)
             for task, layer in group.layers.items():
-                self.executions[task].advance(layer.node, self._visit(task))
+                self.executions[task].advance(layer.node, self._visits(task))
             changed = self._merge(group)
             for task, layer in group.layers.items():
                 self.executions[task].finish(layer.node, changed[task])
         for task, execution in enumerate(self.executions):
-            execution.advance(None, self._visit(task))
+            execution.advance(None, self._visits(task))
 
     # -- nodes that are no layer of a group --------------------------------------------------------------------
 
-    def _visit(self, task: int):
-        norms = {norm.node.name: norm for norm in self.analyses[task].norms}
+    def _visits(self, task: int) -> dict[str, Callable[[], bool]]:
+        """What to do at the BatchNorms of a task that no layer before them was solved with."""
+        norms = [norm for norm in self.analyses[task].norms if (task, norm.node.name) not in self._solved_norms]
+        return {norm.node.name: partial(self._refit_norm, task, norm) for norm in norms}
 
-        def visit(execution: Execution, node: fx.Node) -> bool:
-            norm = norms.get(node.name)
-            if norm is None or (task, node.name) in self._solved_norms or not execution.is_changed(node.args[0]):
-                return False
-            order = self._order_of(task, norm.node)
-            targets = execution.original[node.name]
-            if order is not None:
-                targets = [z[:, order.to(z.device)] for z in targets]
-            inputs = execution.zipped[node.args[0].name]
-            mean, variance, slope, target = channel_statistics(inputs, targets)
-            if self.options.method == "average":
-                set_statistics_(self.analyses[task], norm, self.networks[task], mean, variance)
-            else:
-                refit_norm_(self.analyses[task], norm, self.networks[task], mean, variance, slope, target)
-            return True
-
-        return visit
+    def _refit_norm(self, task: int, norm: Norm) -> bool:
+        """Fits a BatchNorm to what it put out in the original; False where its input is the original's."""
+        execution, node = self.executions[task], norm.node
+        if not execution.is_changed(node.args[0]):
+            return False
+        order = self._order_of(task, node)
+        targets = execution.original[node.name]
+        if order is not None:
+            targets = [z[:, order.to(z.device)] for z in targets]
+        inputs = execution.zipped[node.args[0].name]
+        mean, variance, slope, target = channel_statistics(inputs, targets)
+        if self.options.method == "average":
+            set_statistics_(self.analyses[task], norm, self.networks[task], mean, variance)
+        else:
+            refit_norm_(self.analyses[task], norm, self.networks[task], mean, variance, slope, target)
+        return True
 
     def _orders(self, task: int) -> dict[int, torch.Tensor]:
         """Atom to stored order of every axis of a task that is matched."""
@@ -174,7 +176,14 @@ class Sweep:
         inputs, outputs = execution.inputs(layer), execution.original[layer.node.name]
         sizes = enough(view, inputs, *MOMENT_SAMPLES)
         inputs, outputs = heads(inputs, sizes), heads(outputs, sizes)
-        moment, target = collect(view, inputs, outputs, sharers)
+        order = analysis.axes.index(layer.rows, self._orders(task))
+        fold = None
+        if shared and self.options.method != "average" and layer.norm is not None:
+            fold = folded_affine(analysis, layer.norm)
+        moved = None
+        if self.options.method == "refit" and (shared or layer.norm is None):
+            moved = without_loss(execution, layer, outputs, order, fold)
+        moment, target = collect(view, inputs, moved or outputs, sharers)
         if not (torch.isfinite(moment.mean).all() and torch.isfinite(target.variance).all()):
             raise ValueError(
                 f"task {self.tasks[task]!r}: {layer.name} reads or puts out NaN or Inf on the calibration inputs, "
@@ -190,34 +199,17 @@ class Sweep:
         part.normalised = self.options.method != "mtz"
         part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
         sensitivity = self.sensitivities[task].get(layer.path)
-        if shared and self.options.method != "average" and layer.norm is not None:
-            part.fold = folded_affine(analysis, layer.norm)
-            part.target = target.scaled(*part.fold)
+        part.fold = fold
+        if fold is not None and moved is None:
+            part.target = target.scaled(*fold)
         if shared and sensitivity is not None:
             part.weighting = row_weighting(sensitivity.to(weight.device), None if part.fold is None else part.fold[0])
-        order = analysis.axes.index(layer.rows, self._orders(task))
         if order is not None:
             part.reorder_rows(order, weights=False)
         if part.fold is not None:  # both in the same order now
             scale, shift = part.fold
             part.weight, part.bias = weight * scale[:, None], bias * scale + shift
-        if self.options.method == "refit" and (shared or layer.norm is None):
-            self._follow_skip(part, inputs, outputs, sizes)
         return part
-
-    def _follow_skip(self, part: Part, inputs, outputs, sizes: Sequence[int]) -> None:
-        """Moves the target of a layer in front of a residual addition by what the zipped skip has lost."""
-        execution = self.executions[part.task]
-        skip = skip_of(execution, part.layer)
-        if skip is None or not execution.is_changed(skip):
-            return
-        targets = [part.original_output(z) for z in outputs]
-        skips = [heads(values[skip.name], sizes) for values in (execution.original, execution.zipped)]
-        channel = -1 if part.layer.kind == "linear" else 1
-        if part.order is not None:
-            skips[0] = [x.index_select(channel, part.order) for x in skips[0]]
-        offsets = [before - after for before, after in zip(*skips, strict=True)]
-        part.target = offset_target(part.view, inputs, targets, offsets, part.moment, part.target)
 
     def _share(self, group: LayerGroup, systems: Systems) -> None:
         """Solves for the rows of a group whose axes are matched, and installs them."""

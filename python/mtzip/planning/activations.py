@@ -8,6 +8,7 @@ apart that no reader ever sees active). All of them count alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -24,8 +25,37 @@ from ..merging.moments import CONSTANT, at_least_float32
 from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 
+#: Positions of an image, about, that correlations are taken over.
+POSITIONS = 64
+
 #: Correlation [n, m] of the neurons of two tasks (i < j) on one axis.
 Correlations = dict[tuple[int, int], Tensor]
+
+
+@dataclass
+class Seen:
+    """What channels do: chunks [channels, positions], and the sign [channels] to take each with, None for plus."""
+
+    chunks: list[Tensor]
+    sign: Tensor | None = None
+
+    def select(self, channels: Tensor) -> Seen:
+        """Some of the channels; all of them in their own order are not copied."""
+        width = len(self.chunks[0])
+        if len(channels) == width and bool((channels == torch.arange(width, device=channels.device)).all()):
+            return self
+        channels = channels.to(self.chunks[0].device)
+        return Seen([x[channels] for x in self.chunks], None if self.sign is None else self.sign[channels])
+
+    def centred(self) -> tuple[list[Tensor], Tensor]:
+        """Chunks with mean zero, and the factor [channels] float64 to unit length; zero for one that never varies."""
+        count = total(sum(x.shape[1] for x in self.chunks))
+        mean = total(sum(x.mean(1).double() * x.shape[1] for x in self.chunks)) / count
+        chunks = [x - mean.to(x.dtype)[:, None] for x in self.chunks]
+        square = total(sum(torch.linalg.vector_norm(x, dim=1).double().square() for x in chunks))
+        alive = square > CONSTANT * mean.square() * count
+        scale = torch.where(alive, 1 / torch.where(alive, square, 1).sqrt(), 0)
+        return chunks, scale if self.sign is None else scale * self.sign.to(scale.device)
 
 
 def same_form(analyses: Sequence[Analysis]) -> bool:
@@ -59,7 +89,7 @@ def correlations(
     sums: dict[int, Correlations] = {id(axis): {} for axis in axes}
     for group in correspondence.layers:
         for task, layer in group.layers.items():
-            executions[task].advance(layer.node, lambda *_: False)
+            executions[task].advance(layer.node)
         read = {task: _channels(executions[task].inputs(layer), layer) for task, layer in group.layers.items()}
         written = {task: _outputs(executions[task], layer) for task, layer in group.layers.items()}
         for axis in axes:
@@ -98,43 +128,32 @@ def _places(analyses: Sequence[Analysis], group: LayerGroup, axis: AxisGroup, si
     return found
 
 
-def _outputs(execution: Execution, layer: Layer) -> list[Tensor]:
+def _outputs(execution: Execution, layer: Layer) -> Seen:
     """What a layer puts out, with the sign that the BatchNorm behind it gives it."""
-    chunks = _channels(execution.original[layer.node.name], layer)
-    if layer.norm is None or layer.norm.weight is None:
-        return chunks
-    sign = execution.analysis.exported.tensor(layer.norm.weight).sign()
-    return [x * sign.to(x.dtype) for x in chunks]
+    seen = _channels(execution.original[layer.node.name], layer)
+    if layer.norm is not None and layer.norm.weight is not None:
+        seen.sign = execution.analysis.exported.tensor(layer.norm.weight).detach().double().sign()
+    return seen
 
 
-def _channels(chunks: Sequence[Tensor], layer: Layer) -> list[Tensor]:
-    """Chunks as positions x channels."""
+def _channels(chunks: Sequence[Tensor], layer: Layer) -> Seen:
+    """Chunks as channels x positions, float32 at least; of an image some positions, which are alike."""
     if layer.kind == "linear":
-        return [x.reshape(-1, x.shape[-1]) for x in chunks]
-    return [x.movedim(1, -1).reshape(-1, x.shape[1]) for x in chunks]
+        return Seen([at_least_float32(x).reshape(-1, x.shape[-1]).T for x in chunks])
+    step = chunks[0][0, 0].numel() // POSITIONS | 1  # odd: not the same column of every line
+    return Seen([at_least_float32(x.flatten(2)[..., ::step].transpose(0, 1)).flatten(1) for x in chunks])
 
 
-def _neuron_correlation(first: tuple[list[Tensor], Tensor], second: tuple[list[Tensor], Tensor]) -> Tensor:
+def _neuron_correlation(first: tuple[Seen, Tensor], second: tuple[Seen, Tensor]) -> Tensor:
     """Correlation [n, m] of neurons, the mean over their channels."""
     (x, rows), (y, columns) = first, second
-    found = _correlation([c[:, rows.flatten()] for c in x], [c[:, columns.flatten()] for c in y])
+    found = _correlation(x.select(rows.flatten()), y.select(columns.flatten()))
     width = rows.shape[1]
     return found.view(len(rows), width, len(columns), width).diagonal(dim1=1, dim2=3).mean(-1)
 
 
-def _correlation(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Correlation of the columns of two lists of chunks [positions, columns]."""
-    first, second = _standardised(first), _standardised(second)
-    return total(sum((x.T @ y).double() for x, y in zip(first, second, strict=True)))
-
-
-def _standardised(chunks: Sequence[Tensor]) -> list[Tensor]:
-    """Columns with mean zero and unit length over all chunks; a column that never varies becomes zero."""
-    chunks = [at_least_float32(x) for x in chunks]
-    count = total(sum(len(x) for x in chunks))
-    mean = total(sum(x.sum(0, dtype=torch.float64) for x in chunks)) / count
-    chunks = [x - mean.to(x.dtype) for x in chunks]
-    length = total(sum(x.square().sum(0, dtype=torch.float64) for x in chunks)).sqrt()
-    alive = length.square() > CONSTANT * mean.square() * sum(len(x) for x in chunks)
-    scale = torch.where(alive, 1 / torch.where(alive, length, 1), 0)
-    return [x * scale.to(x.dtype) for x in chunks]
+def _correlation(first: Seen, second: Seen) -> Tensor:
+    """Correlation of the channels of two lists of chunks over the same positions."""
+    (x, scale), (y, other) = first.centred(), second.centred()
+    cross = total(sum((a @ b.T).double() for a, b in zip(x, y, strict=True)))
+    return cross.mul_(scale[:, None]).mul_(other)

@@ -21,6 +21,7 @@ from ..merging.columns import axis_rows
 from ..merging.match import Slots
 from ..merging.part import Part, Systems, positions
 from ..merging.solve import SINGLE_PRECISION_FROM
+from ..trace.axes import Dim
 from ..trace.correspond import AxisGroup, LayerGroup
 from .observe import Observed
 
@@ -79,6 +80,7 @@ class Descent:
         }
         self._readers = {id(axis): self._readers_of(axis) for axis in axes}
         self._costs: dict[int, float] = {}
+        self._tried: dict[int, list[Slots | None]] = {}  # slots that the last attempt at an axis depended on
         self._known: dict[tuple[int, int], Distances] = {}
 
     def run(self, sweeps: int) -> float:
@@ -137,10 +139,15 @@ class Descent:
     def _improve(self, axis: AxisGroup, matching: str | None = None) -> bool:
         """Matches one axis anew; keeps the pairing if the layers that write and read it cost less in total."""
         old = self.observed.slots[id(axis)]
+        touched = {id(group): group for group in (*self._writers[id(axis)], *self._readers[id(axis)])}
+        around = [slots for group in touched.values() for slots in (*self._columns(group), *self._rows(group))]
+        tried = self._tried.get(id(axis))
+        if matching is None and tried is not None and all(a is b for a, b in zip(tried, around, strict=True)):
+            return False  # nothing that it depends on has changed: it would come to the same
+        self._tried[id(axis)] = around
         new = self._matched(axis, readers=True, matching=matching)
         if torch.equal(old.table, new.table):
             return False
-        touched = {id(group): group for group in (*self._writers[id(axis)], *self._readers[id(axis)])}
         touched = {key: group for key, group in touched.items() if key in self._costs}
         self.observed.slots[id(axis)] = new
         costs = {key: self._cost(group, axis) for key, group in touched.items()}
@@ -201,11 +208,18 @@ class Descent:
 
     def _columns(self, group: LayerGroup) -> list[Slots | None]:
         """How what a group reads is stored."""
+        return self._stored({task: layer.columns for task, layer in group.layers.items()})
+
+    def _rows(self, group: LayerGroup) -> list[Slots | None]:
+        """How what a group writes is stored."""
+        return self._stored({task: layer.rows for task, layer in group.layers.items()})
+
+    def _stored(self, dims: Mapping[int, Dim]) -> list[Slots | None]:
         axis_of, analyses = self.observed.correspondence.axis_of, self.observed.analyses
         found = [
             axis_of(task, segment.atom)
-            for task, layer in group.layers.items()
-            for segment in analyses[task].axes.resolve(layer.columns) or ()
+            for task, dim in dims.items()
+            for segment in analyses[task].axes.resolve(dim) or ()
         ]
         return [None if axis is None else self.observed.slots.get(id(axis)) for axis in found]
 

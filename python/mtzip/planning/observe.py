@@ -24,7 +24,22 @@ from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import Correspondence, LayerGroup
 
 #: Positions to a column and samples that are enough to plan with.
-PLAN_SAMPLES = (16, 128)
+PLAN_SAMPLES = (4, 128)
+
+#: Columns up to which a moment is kept in the order it was last asked for: a descent asks for the same again and again.
+KEPT_COLUMNS = 1024
+
+
+def samples_needed(analysis: Analysis, paths: Sequence[str], samples: int) -> int:
+    """How many of so many samples :func:`observe` takes for the named layers, from the shapes in the graph."""
+    needed = 0
+    for path in paths:
+        layer = analysis.layers[path]
+        shape = analysis.shape(layer.input)
+        each = max(shape[0] // analysis.exported.example.size, 1)  # more than one where a view splits a sample
+        (taken,) = enough(View.of(layer), [torch.empty(samples * each, *shape[1:], device="meta")], *PLAN_SAMPLES)
+        needed = max(needed, -(-taken // each))
+    return needed
 
 
 def observe(execution: Execution, paths: Sequence[str]) -> dict[str, Moment]:
@@ -39,7 +54,7 @@ def observe(execution: Execution, paths: Sequence[str]) -> dict[str, Moment]:
     for layer in execution.analysis.layers.values():
         if not wanted:
             break
-        execution.advance(layer.node, lambda *_: False)
+        execution.advance(layer.node)
         if layer.path in wanted:
             wanted.discard(layer.path)
             view = View.of(layer)
@@ -68,6 +83,7 @@ class Observed:
     damping: float | None = None
     slots: dict[int, Slots] = field(default_factory=dict)
     _layers: dict[tuple[int, str], tuple[Tensor, Tensor, Target]] = field(default_factory=dict, repr=False)
+    _reordered: dict[tuple[int, str], tuple[Tensor, Moment, Tensor, Target]] = field(default_factory=dict, repr=False)
 
     def parts(self, group: LayerGroup, rows_of: object = None) -> dict[int, Part]:
         """The layers of a group with rows and columns in stored order.
@@ -104,17 +120,28 @@ class Observed:
         weight, bias, target = self._layers[task, layer.path]
         order = analysis.axes.index(layer.columns, self.orders(task))
         if order is not None:
-            inner = weight.shape[1] // len(order)
-            order = (order[:, None] * inner + torch.arange(inner)).flatten().to(weight.device)
-            moment, weight = moment.select(order), weight[:, order]
-            cross = None if target.cross is None else target.cross[order]
-            target = Target(target.mean, target.variance, cross, target.samples)
+            moment, weight, target = self._with_columns(task, layer, order)
         damping = self.damping or automatic_damping(len(moment.mean), moment.count)
         part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping, unchanged=True)
         order = analysis.axes.index(layer.rows, self.orders(task, without=rows_of))
         if order is not None:
             part.reorder_rows(order)
         return part
+
+    def _with_columns(self, task: int, layer: Layer, order: Tensor) -> tuple[Moment, Tensor, Target]:
+        """A layer's moment, weight and target with its columns in some order; the last ones are kept."""
+        key = task, layer.path
+        known = self._reordered.get(key)
+        if known is None or not torch.equal(known[0], order):
+            weight, _, target = self._layers[key]
+            inner = weight.shape[1] // len(order)
+            every = (order[:, None] * inner + torch.arange(inner)).flatten().to(weight.device)
+            cross = None if target.cross is None else target.cross[every]
+            target = Target(target.mean, target.variance, cross, target.samples)
+            known = order, self.moments[task][layer.path].select(every), weight[:, every], target
+            if len(every) <= KEPT_COLUMNS:
+                self._reordered[key] = known
+        return known[1:]
 
     @staticmethod
     def _layer(analysis: Analysis, view: View, layer: Layer, moment: Moment) -> tuple[Tensor, Tensor, Target]:

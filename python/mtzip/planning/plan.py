@@ -23,7 +23,7 @@ from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from .activations import correlations, match_by_activations, same_form
 from .budget import Plan, PlannedAxis
 from .descend import Descent, is_wide
-from .observe import Observed, observe
+from .observe import Observed, observe, samples_needed
 from .stored import Arithmetic
 
 #: Rounds of coordinate descent at most; later ones were seen to change the total by less than a hundredth.
@@ -142,10 +142,11 @@ def observe_all(
         for task, layer in group.layers.items():
             if layer.private is None and layer.groups == 1 and len(group.layers) > 1:
                 paths[task].append(layer.path)
-    moments = [
-        observe(Execution(analysis, analysis.exported.network, chunks, store), wanted)
-        for analysis, chunks, wanted in zip(analyses, batches, paths, strict=True)
-    ]
+    moments = []
+    for analysis, chunks, wanted in zip(analyses, batches, paths, strict=True):
+        needed = samples_needed(analysis, wanted, sum(batch.size for batch in chunks))
+        execution = Execution(analysis, analysis.exported.network, leading(chunks, needed), store)
+        moments.append(observe(execution, wanted))
     return Observed(analyses, correspondence, moments, damping)
 
 
