@@ -230,7 +230,10 @@ def _time(options: Options) -> Iterator[Row]:
     inputs = {"cifar10": cifar, "gtsrb": signs}
     names = {"cifar10": "vgg16-quarter-bn/cifar10-jpeg", "gtsrb": "vgg16-quarter-bn/gtsrb"}
     quarter = {task: pretrained(name) for task, name in names.items()}
-    yield _time_row("VGG-16 quarter width, CIFAR-10 + GTSRB", quarter, inputs, repeats=1 if options.quick else 3)
+    repeats = 1 if options.quick else 5
+    yield _time_row("VGG-16 quarter width, CIFAR-10 + GTSRB", quarter, inputs, repeats)
+    residual = {"cifar10": pretrained("resnet20-cifar10/a"), "gtsrb": pretrained("resnet20-gtsrb/a")}
+    yield _time_row("ResNet-20, CIFAR-10 + GTSRB", residual, inputs, repeats)
     if not options.quick:
         torch.manual_seed(0)
         full = {"cifar10": Vgg16(10).eval(), "gtsrb": Vgg16(43).eval()}
@@ -238,8 +241,9 @@ def _time(options: Options) -> Iterator[Row]:
 
 
 def _time_row(name: str, networks: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], repeats: int) -> Row:
-    forward = statistics.median(_forward_seconds(networks, inputs) for _ in range(repeats + 1))
-    zips = [_zip(networks, inputs, 1.0).report.seconds for _ in range(repeats)]
+    _forward_seconds(networks, inputs)
+    pairs = [(_forward_seconds(networks, inputs), _zip(networks, inputs, 1.0).report.seconds) for _ in range(repeats)]
+    forward, zips = statistics.median(spent for spent, _ in pairs), [one for _, one in pairs]
     seconds = statistics.median(sum(spent for stage, spent in one.items() if stage != "trace") for one in zips)
     traced = statistics.median(one.get("trace", 0.0) for one in zips)
     detail = f"zip {seconds:.1f} s, tracing {traced:.1f} s apart, forward passes {forward:.1f} s, {_threads()}"
