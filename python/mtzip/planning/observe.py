@@ -24,7 +24,7 @@ from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import Correspondence, LayerGroup
 
 #: Positions to a column and samples that are enough to plan with.
-PLAN_SAMPLES = (4, 128)
+PLAN_SAMPLES = (2, 128)
 
 #: Columns up to which a moment is kept in the order it was last asked for: a descent asks for the same again and again.
 KEPT_COLUMNS = 1024
