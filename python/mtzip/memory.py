@@ -27,7 +27,7 @@ CHUNK_BYTES = 2**27
 
 #: Samples at least that moments are taken over where there are as many (moments.py), and copies of a layer's inputs,
 #: outputs and moments that are there at a time: in stored order, centred, weighted.
-_SAMPLES, _COPIES = 128, 3
+_SAMPLES, _COPIES = 256, 3
 
 #: Bytes of factors that are kept, and how many a layer has at most (solve.py, match.py).
 _KEPT_FACTORS, _FACTORS = 2**30, 12

@@ -23,7 +23,7 @@ from ..distributed import gathered_rows, own_share, total
 from ..trace.analysis import Layer
 
 #: Positions to a column and samples that are enough for a layer's moments.
-MOMENT_SAMPLES = (64, 128)
+MOMENT_SAMPLES = (64, 256)
 
 
 @dataclass
