@@ -68,9 +68,8 @@ class Execution:
         self._next = 0
         self._layers = {layer.node.name: layer for layer in analysis.layers.values()}
         self._open: fx.Node | None = None  # finished, but its zipped value is not computed yet
-        self._until = {
-            arg.name: at for at, node in enumerate(self._nodes) for arg in node.all_input_nodes
-        }  # last reader
+        # Position of the last node that reads a value.
+        self._until = {arg.name: at for at, node in enumerate(self._nodes) for arg in node.all_input_nodes}
         leaves = [pytree.tree_leaves((batch.args, batch.kwargs)) for batch in batches]
         for at, name in enumerate(analysis.exported.inputs):
             self.original[name] = self.zipped[name] = [values[at] for values in leaves]

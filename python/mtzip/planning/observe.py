@@ -32,7 +32,7 @@ KEPT_COLUMNS = 1024
 
 def samples_needed(analysis: Analysis, paths: Sequence[str], samples: int) -> int:
     """How many of so many samples :func:`observe` takes for the named layers, from the shapes in the graph."""
-    needed = 0
+    needed = min(PLAN_SAMPLES[1], samples)  # a layer may read its samples in another dimension than the first
     for path in paths:
         layer = analysis.layers[path]
         shape = analysis.shape(layer.input)
