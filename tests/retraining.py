@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from handmade import images
+from handmade import images, zipped_pair
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,3 +33,15 @@ def distance(zipped: ZippedNetwork, data: dict[str, torch.Tensor]) -> float:
     """Mean squared distance to the originals' outputs, summed over tasks."""
     with torch.no_grad():
         return sum(float(F.mse_loss(zipped[t](x), zipped.originals[t](x))) for t, x in data.items())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may be done about it."""
+
+
+def with_dropout() -> ZippedNetwork:
+    """The zipped pair with dropout in it."""
+    zipped = zipped_pair()
+    for task in zipped:
+        zipped[task].head = nn.Sequential(nn.Dropout(0.4), zipped[task].head)
+    return zipped

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from nets import IMAGE, Branches, Functional, Residual, mlp, noise, seeded
-from test_zip import calibrated, errors, inputs, some
 from torch import nn
+from zipping import calibrated, errors, inputs, some
 
 import mtzip
 from mtzip.merging.kept import sharers
