@@ -161,9 +161,9 @@ def test_values_come_back_as_they_were(folder):
         noise(2, 3)[:, 1:2],
     ]
     with Store(0) as store:
-        values = Values(store, 1)
-        for value in made:
-            values.append(value)
+        values = Values(store, 1, len(made))
+        for at, value in enumerate(made):
+            values.put(at, value)
         assert store.resident == 0 and len(left_in(folder)) == 1
         for got, want in zip(values, made, strict=True):
             for left, right in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True):
@@ -174,10 +174,10 @@ def test_values_come_back_as_they_were(folder):
 
 def test_what_is_needed_longest_goes_first_and_its_files_with_it(folder):
     with Store(900) as store:
-        soon, late = Values(store, 1), Values(store, 9)
-        late.append(noise(100))
-        soon.append(noise(100))
-        soon.append(noise(50))
+        soon, late = Values(store, 1, 2), Values(store, 9, 2)
+        late.put(0, noise(100))
+        soon.put(0, noise(100))
+        soon.put(1, noise(50))
         assert isinstance(late._items[0], spill._OnDisk)
         assert not any(isinstance(item, spill._OnDisk) for item in soon._items)
         assert store.resident == 600
@@ -193,10 +193,10 @@ def test_what_is_needed_longest_goes_first_and_its_files_with_it(folder):
 
 def test_views_count_once():
     with Store() as store:
-        whole, part = Values(store, 1), Values(store, 1)
+        whole, part = Values(store, 1, 1), Values(store, 1, 1)
         x = noise(100)
-        whole.append(x)
-        part.append(x.view(10, 10))
+        whole.put(0, x)
+        part.put(0, x.view(10, 10))
         assert store.resident == 400
         del whole
         gc.collect()
@@ -209,5 +209,5 @@ def test_a_full_disk_says_what_to_do(folder, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"No space left.*set TMPDIR"), Store(0) as store:
-        Values(store, 1).append(noise(3))
+        Values(store, 1, 1).put(0, noise(3))
     assert left_in(folder) == []

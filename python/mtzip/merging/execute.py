@@ -1,7 +1,9 @@
 """Runs an exported graph node by node over all calibration chunks, the original and the zipped network side by side.
 
-Only values that are still to be read are kept, on disk where memory has no room (:mod:`mtzip.merging.spill`). As long
-as nothing upstream has changed the zipped network's values are the original's, and are not computed again.
+A chunk is run when somebody asks for its values, as far as the networks are known by then: a layer that takes its
+moments over the first samples leaves the others behind, and they run on without a stop once they are needed. Only
+values that are still to be read are kept, on disk where memory has no room (:mod:`mtzip.merging.spill`). As long as
+nothing upstream has changed the zipped network's values are the original's, and are not computed again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Step:
         side: of the network.
         node, call: what to compute.
         kept: whether it is read later.
-        lets_go: arguments, each with its side, that nobody reads any more.
+        lets_go: arguments, each with its side, that no later step reads.
     """
 
     side: Side
@@ -65,18 +67,17 @@ class Execution:
         self._changed: set[str] = set()
         self._reordered: set[str] = set()
         self._nodes = [node for node in analysis.exported.graph.nodes if node.op == "call_function"]
-        self._next = 0
         self._layers = {layer.node.name: layer for layer in analysis.layers.values()}
-        self._open: fx.Node | None = None  # finished, but its zipped value is not computed yet
-        # Position of the last node that reads a value.
-        self._until = {arg.name: at for at, node in enumerate(self._nodes) for arg in node.all_input_nodes}
+        # Nodes that may be computed of the original and of the zipped network, and those that are of every chunk.
+        self._reach = 0, 0
+        self._done = [self._reach for _ in batches]
+        self._known: dict[tuple[int, int], list[Step]] = {}  # from where to where they lead as things stand
+        # Position of the last node that reads a value; its own where none does.
+        self._until = {node.name: at for at, node in enumerate(self._nodes)}
+        self._until |= {arg.name: at for at, node in enumerate(self._nodes) for arg in node.all_input_nodes}
         leaves = [pytree.tree_leaves((batch.args, batch.kwargs)) for batch in batches]
         for at, name in enumerate(analysis.exported.inputs):
             self.original[name] = self.zipped[name] = [values[at] for values in leaves]
-
-    @property
-    def chunk_count(self) -> int:
-        return len(self.batches)
 
     def is_changed(self, node: fx.Node) -> bool:
         """True if the zipped network's value at ``node`` differs from the original's."""
@@ -91,81 +92,98 @@ class Execution:
         return self.zipped[layer.input.name]
 
     def advance(self, until: fx.Node | None, visits: Mapping[str, Callable[[], bool]] | None = None) -> None:
-        """Runs both networks up to ``until``, whose original value is computed and its zipped one not.
+        """Lets both networks run up to ``until``, the original through it.
 
         Args:
-            until: a layer's call; None runs to the end.
-            visits: by the name of a node, what to do when its original value is there and its zipped one is not; it
-                returns True if it changed what the node computes.
+            until: a layer's call; None for the end.
+            visits: by the name of a node, what to do when the original runs through it and the zipped network up to
+                it; it returns True if it changed what the node computes.
         """
         visits = visits or {}
         while True:
-            stop = self._next
+            start = stop = self._reach[1]
             while stop < len(self._nodes) and self._nodes[stop] is not until and self._nodes[stop].name not in visits:
+                self._note(self._nodes[stop])
                 stop += 1
-            self._run(stop, self._nodes[stop : stop + 1])
+            self._let_run(min(stop + 1, len(self._nodes)), stop)
+            for node in self._nodes[start : stop + 1]:
+                if self._until[node.name] >= stop:
+                    self.original[node.name] = self._values(node)
+            for node in self._nodes[start:stop]:
+                self._zipped_values(node)
             if stop == len(self._nodes) or self._nodes[stop] is until:
                 return
             self.finish(self._nodes[stop], visits[self._nodes[stop].name]())
 
     def finish(self, node: fx.Node, changed: bool) -> None:
-        """Goes on behind the node that :meth:`advance` stopped at; its zipped value is computed with those of the next.
+        """Lets the zipped network run through the node that :meth:`advance` stopped at.
 
         Args:
             node: the one.
             changed: whether what it computes is no longer what the original's does.
         """
         self._note(node, changed)
-        self._open = node
-        self._next += 1
+        self._zipped_values(node)
+        self._let_run(self._reach[0], self._reach[0])
 
     def _note(self, node: fx.Node, changed: bool = False) -> None:
         if changed or any(arg.name in self._changed for arg in node.all_input_nodes) or self._reads_reordered(node):
             self._changed.add(node.name)
 
-    def _run(self, stop: int, last: Sequence[fx.Node] = ()) -> None:
-        """Computes all nodes before position ``stop``, and the original values of those of ``last``.
+    def _values(self, node: fx.Node) -> Values:
+        return Values(self._store, self._until[node.name], len(self.batches), self._catch_up)
 
-        Chunk by chunk: what one node puts out is still in the cache when the next one reads it, and values that nobody
-        reads later are let go of at once.
+    def _zipped_values(self, node: fx.Node) -> None:
+        if node.name in self.original:
+            changed = node.name in self._changed
+            self.zipped[node.name] = self._values(node) if changed else self.original[node.name]
+
+    def _let_run(self, original: int, zipped: int) -> None:
+        self._reach = original, zipped
+        self._known = {}
+
+    def _catch_up(self, chunk: int) -> None:
+        """Runs one chunk as far as the networks may run."""
+        start, reach = self._done[chunk], self._reach
+        if start == reach:
+            return
+        if start not in self._known:
+            self._known[start] = self._steps(start)
+        self._done[chunk] = reach
+        with torch.no_grad():
+            self._run(self._known[start], chunk)
+        for side in (self.original, self.zipped):
+            for name, values in side.items():
+                if isinstance(values, Values) and self._until[name] < reach[1]:
+                    values.drop(chunk)
+
+    def _steps(self, start: tuple[int, int]) -> list[Step]:
+        """What to compute of a chunk that was run as far as ``start``.
+
+        Node by node, both networks: what one node puts out is still in the cache when the next one reads it, and values
+        that nobody reads later are let go of at once.
         """
-        nodes = self._nodes[self._next : stop]
-        for node in nodes:
-            self._note(node)
-        if self._open is not None:
-            nodes.insert(0, self._open)
-        self._open, self._next = None, stop
         steps: list[Step] = []
-        for node in (*nodes, *last):
-            if node.name not in self.original:
+        for at in range(min(start), self._reach[0]):
+            node = self._nodes[at]
+            if at >= start[0]:
                 steps.append(Step(self.original, node, self._call(node, self.analysis.exported.network)))
-            if node.name in self._changed and node not in last:
+            if start[1] <= at < self._reach[1] and node.name in self._changed:
                 steps.append(Step(self.zipped, node, self._call(node, self.network)))
         seen = set()
         for step in reversed(steps):
-            step.kept = self._until.get(step.node.name, -1) >= stop or step.node in last
+            step.kept = self._until[step.node.name] >= self._reach[1]
             keys = [(self._side(step.side, arg), arg.name) for arg in step.node.all_input_nodes]
             step.lets_go = [
-                (side, name) for side, name in keys if self._until[name] < stop and (id(side), name) not in seen
+                (side, name)
+                for side, name in keys
+                if self._until[name] < self._reach[1] and (id(side), name) not in seen
             ]
             seen |= {(id(side), name) for side, name in keys}
-        found = {id(step): Values(self._store, self._until.get(step.node.name, stop)) for step in steps if step.kept}
-        with torch.no_grad():
-            for chunk in range(self.chunk_count if steps else 0):
-                self._run_chunk(steps, chunk, found)
-        for step in steps:
-            if step.kept:
-                step.side[step.node.name] = found[id(step)]
-        for node in nodes:
-            for name in (node.name, *(arg.name for arg in node.all_input_nodes)):
-                if self._until.get(name, -1) < stop:
-                    self.original.pop(name, None)
-                    self.zipped.pop(name, None)
-            if node.name in self.original and node.name not in self._changed:
-                self.zipped[node.name] = self.original[node.name]  # nothing has changed
+        return steps
 
-    def _run_chunk(self, steps: Sequence[Step], chunk: int, found: Mapping[int, Values]) -> None:
-        """Computes some nodes for one chunk and appends those values to ``found`` that are kept."""
+    def _run(self, steps: Sequence[Step], chunk: int) -> None:
+        """Computes some nodes for one chunk and keeps those values that are read later."""
         here: dict[tuple[int, str], Any] = {}
         for step in steps:
 
@@ -175,7 +193,7 @@ class Execution:
 
             here[id(step.side), step.node.name] = result = step.call(value)
             if step.kept:
-                found[id(step)].append(result)
+                step.side[step.node.name].put(chunk, result)
             for side, name in step.lets_go:
                 if here.pop((id(side), name), None) is None and isinstance(side.get(name), Values):
                     side[name].drop(chunk)
@@ -186,13 +204,20 @@ class Execution:
 
     def reorder(self, orders: dict[int, Tensor]) -> None:
         """Reorders axes of the zipped network: atom to order [n]."""
-        if self._open is not None:  # is computed with the tensors as they are
-            self._run(self._next)
         axes = self.analysis.axes
+        moved = {
+            path
+            for path, dims in self.analysis.uses.items()
+            if any(axes.index(dim, orders) is not None for dim in dims.values())
+        }
+        tensors = self.analysis.exported.tensors
+        first = min((zipped for _, zipped in self._done), default=0)
+        behind = self._nodes[first : self._reach[1]]
+        if any(tensors.get(arg.name) in moved for node in behind for arg in node.all_input_nodes):
+            for chunk in range(len(self.batches)):  # is computed with the tensors as they are
+                self._catch_up(chunk)
         permute_(self.network, self.analysis, orders)
-        for path, dims in self.analysis.uses.items():
-            if any(axes.index(dim, orders) is not None for dim in dims.values()):
-                self._reordered.add(path)
+        self._reordered |= moved
 
     def _reads_reordered(self, node: fx.Node) -> bool:
         tensors = self.analysis.exported.tensors

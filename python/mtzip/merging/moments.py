@@ -275,16 +275,18 @@ def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) 
     """
     wanted = -(-per_column * view.columns(inputs[0]) // max(view.positions(inputs[0][:1]), 1))
     left = own_share(max(samples, wanted))
-    sizes = []
-    for x in inputs:
+    sizes: list[int] = []
+    for x in inputs:  # no chunk more than needed: they are computed when asked for
         sizes.append(min(len(x), left))
         left -= sizes[-1]
+        if not left:
+            break
     return [size for size in sizes if size]
 
 
 def heads(chunks: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """The first so many samples of every chunk, as :func:`enough` says; chunks that are not needed left out."""
-    return [x[:size] for x, size in zip(chunks, sizes, strict=False)]
+    return [chunks[at][:size] for at, size in enumerate(sizes)]
 
 
 def collect(

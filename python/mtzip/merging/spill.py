@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,18 +100,21 @@ class Values(Sequence):
     Args:
         store: that keeps them.
         until: position of the last node that reads them; what is needed longest goes to disk first.
+        chunks: how many there are.
+        bring: called with a chunk that is asked for and not there yet; it puts it there.
     """
 
     _made = 0
 
-    def __init__(self, store: Store, until: int):
+    def __init__(self, store: Store, until: int, chunks: int, bring: Callable[[int], None] | None = None):
         Values._made += 1
-        self.at, self.until, self._store, self._items = Values._made, until, store, []
+        self.at, self.until, self._store, self._bring = Values._made, until, store, bring
+        self._items: list[Any] = [None] * chunks
         store.register(self)
 
-    def append(self, value: Any) -> None:
-        """Adds the next chunk's value."""
-        self._items.append(value)
+    def put(self, index: int, value: Any) -> None:
+        """Keeps a chunk's value."""
+        self._items[index] = value
         self._store.count(value, 1)
         self._store.make_room()
 
@@ -119,14 +122,14 @@ class Values(Sequence):
         """Puts the last chunk that is in memory on disk; False if there is none."""
         for index in reversed(range(len(self._items))):
             value = self._items[index]
-            if not isinstance(value, _OnDisk) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(value)):
+            if value is not None and not isinstance(value, _OnDisk) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(value)):
                 self._items[index] = self._store.write(value)
                 self._store.count(value, -1)
                 return True
         return False
 
     def drop(self, index: int) -> None:
-        """Lets go of one chunk's value, which nobody reads any more."""
+        """Lets go of one chunk's value, if it is there: nobody reads it any more."""
         item, self._items[index] = self._items[index], None
         self._let_go(item)
 
@@ -136,7 +139,11 @@ class Values(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
+        if self._items[index] is None and self._bring is not None:
+            self._bring(index)
         item = self._items[index]
+        if item is None:
+            raise LookupError(f"the value of chunk {index} is no longer kept")
         return item.read() if isinstance(item, _OnDisk) else item
 
     def __del__(self) -> None:
@@ -146,7 +153,7 @@ class Values(Sequence):
     def _let_go(self, item: Any) -> None:
         if isinstance(item, _OnDisk):
             item.remove()
-        else:
+        elif item is not None:
             self._store.count(item, -1)
 
 

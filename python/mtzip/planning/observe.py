@@ -15,7 +15,7 @@ from torch import Tensor
 from ..merging.columns import dimension_runs
 from ..merging.execute import Execution
 from ..merging.match import Slots
-from ..merging.moments import Moment, Target, View, collect, enough
+from ..merging.moments import Moment, Target, View, collect, enough, heads
 from ..merging.norms import folded_affine
 from ..merging.part import Part, settle
 from ..merging.solve import automatic_damping, own_target
@@ -59,8 +59,7 @@ def observe(execution: Execution, paths: Sequence[str]) -> dict[str, Moment]:
             wanted.discard(layer.path)
             view = View.of(layer)
             inputs = execution.inputs(layer)
-            sizes = enough(view, inputs, *PLAN_SAMPLES)
-            moments[layer.path], _ = collect(view, [x[:size] for x, size in zip(inputs, sizes, strict=False)])
+            moments[layer.path], _ = collect(view, heads(inputs, enough(view, inputs, *PLAN_SAMPLES)))
         execution.finish(layer.node, False)
     return moments
 
