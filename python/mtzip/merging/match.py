@@ -145,7 +145,7 @@ def functional_difference(system: JointSystem, first: Tensor, second: Tensor) ->
 def _dense(side) -> Tensor:
     moment = side.moment
     covariance = moment.samples.T @ moment.samples if moment.covariance is None else moment.covariance
-    damped = covariance.clone()
+    damped = covariance.to(torch.float64, copy=True)
     damped.diagonal().add_(side.damping)
     return damped.mul_(side.alpha)
 

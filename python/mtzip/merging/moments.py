@@ -33,7 +33,7 @@ class Moment:
     Args:
         count: positions n (samples times spatial positions).
         mean: [d] float64.
-        covariance: [d, d] float64, biased; None in sample space.
+        covariance: [d, d] float64, float32 where ``d`` is large, biased; None in sample space.
         samples: [n, d] float64 rows (x - mean) / sqrt(n), so that samples^T samples is the covariance; else None.
     """
 
@@ -67,18 +67,18 @@ class Moment:
     def times(self, rows: Tensor) -> Tensor:
         """Covariance times rows^T: [r, d] -> [d, r]."""
         if self.covariance is not None:
-            return self.covariance @ rows.T
+            return (self.covariance @ rows.T.to(self.covariance.dtype)).to(rows.dtype)
         return self.samples.T @ (self.samples @ rows.T)
 
     def variance(self, rows: Tensor) -> Tensor:
         """Variance of the outputs of rows [r, d] -> [r]."""
         if self.covariance is not None:
-            return (rows @ self.covariance).mul_(rows).sum(1).clamp_min(0)
+            return (self.times(rows).T * rows).sum(1).clamp_min(0)
         return (self.samples @ rows.T).square().sum(0)
 
     def diagonal(self) -> Tensor:
-        """Variance of every column, [d]."""
-        return self.covariance.diagonal() if self.covariance is not None else self.samples.square().sum(0)
+        """Variance of every column, [d] float64."""
+        return self.covariance.diagonal().double() if self.covariance is not None else self.samples.square().sum(0)
 
 
 @dataclass
@@ -301,8 +301,9 @@ def collect(
         tasks: how many tasks are solved for together: the samples of all have to be fewer than the columns.
 
     Returns:
-        The input's moment, and the target's if there are targets. All float64; the products over a chunk are taken in
-        the input's precision (float32 for half precision, float64 where they are few), the sum over chunks in float64.
+        The input's moment, and the target's if there are targets. All float64 but a large covariance; products over a
+        chunk are taken in the input's precision (float32 for half precision, float64 where they are few), the sum over
+        chunks in that of the result.
     """
     inputs = _merged([at_least_float32(x) for x in inputs], view)
     count = total(sum(view.positions(x) for x in inputs))
@@ -332,13 +333,14 @@ def collect(
 
 
 def _covariance(view: View, inputs: list[Tensor], mean: Tensor, count: int) -> Tensor:
+    dtype = torch.float64 if len(mean) < LARGE or inputs[0].dtype == torch.float64 else torch.float32
     if view.is_linear:  # centring first keeps the digits
-        product = total(sum(view.second_moment(x - mean.to(x.dtype)).double() for x in inputs))
+        product = total(sum(view.second_moment(x - mean.to(x.dtype)).to(dtype) for x in inputs))
         rest = total(sum(view.column_sum(x - mean.to(x.dtype)).double() for x in inputs)) / count
-        covariance = product.div_(count).sub_(torch.outer(rest, rest))
     else:
-        product = total(sum(view.second_moment(x).double() for x in inputs))
-        covariance = product.div_(count).addr_(mean, mean, alpha=-1)
+        product, rest = total(sum(view.second_moment(x).to(dtype) for x in inputs)), mean
+    rest = rest.to(dtype)
+    covariance = product.div_(count).addr_(rest, rest, alpha=-1)
     # The operator's sums are symmetric to the last digit, a product's are not.
     return covariance if len(view.kernel) in (1, 2) else (covariance + covariance.T).div_(2)
 
@@ -362,6 +364,9 @@ def _split_like(chunks: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 #: Positions up to which chunks are put together.
 MERGED = 2**16
+
+#: Columns from which a covariance is kept in the float32 that it is summed up in: the matrices are what takes the time.
+LARGE = 1024
 
 #: Multiplications up to which products are taken in float64: they cost some ten milliseconds at most.
 SMALL = 1e9

@@ -100,6 +100,13 @@ class JointSystem:
             len(side.index) for side in self.sides
         )
 
+    @property
+    def in_single_precision(self) -> bool:
+        """Whether the moments were summed up in float32: refining a solution beyond it fits their rounding."""
+        return any(
+            side.moment.covariance is not None and side.moment.covariance.dtype != torch.float64 for side in self.sides
+        )
+
     def is_whole(self, at: int) -> bool:
         """Whether the columns of side ``at`` are those of the unknown, in the same order."""
         index = self.sides[at].index
@@ -114,13 +121,14 @@ class JointSystem:
 
     def gather(self, at: int, theta: Tensor) -> Tensor:
         """P_t theta: [size, r] to [d, r] on the columns of side ``at``."""
-        return theta[self.sides[at].index]
+        return theta if self.is_whole(at) else theta[self.sides[at].index]
 
     def apply(self, theta: Tensor, scales: list[Tensor]) -> Tensor:
         """sum_t s_t^2 Q_t theta for theta [size, r] and scales [r] each."""
         out = torch.zeros_like(theta)
         for at, side in enumerate(self.sides):
-            out.index_add_(0, side.index, side.apply(self.gather(at, theta)) * scales[at].square())
+            product = side.apply(self.gather(at, theta)).mul_(scales[at].square())
+            out = out.add_(product) if self.is_whole(at) else out.index_add_(0, side.index, product)
         return out
 
     def factor(self, scales: list[float], exact: bool = False) -> Factor:
@@ -232,7 +240,8 @@ class Factor:
 
     def _factor_features(self, system: JointSystem, scales: list[float], exact: bool) -> None:
         first = system.sides[0].moment.mean
-        total = first.new_zeros(system.size, system.size)
+        single = system.size >= SINGLE_PRECISION_FROM and not exact
+        total = first.new_zeros(system.size, system.size, dtype=torch.float32 if single else torch.float64)
         diagonal = first.new_zeros(system.size)
         for at, (side, scale) in enumerate(zip(system.sides, scales, strict=True)):
             weight = side.alpha * scale**2
@@ -241,9 +250,10 @@ class Factor:
             if system.is_whole(at):
                 total.add_(covariance, alpha=weight)
             else:
-                total.index_put_((side.index[:, None], side.index), covariance * weight, accumulate=True)
+                added = (covariance * weight).to(total.dtype)
+                total.index_put_((side.index[:, None], side.index), added, accumulate=True)
             diagonal.index_add_(0, side.index, torch.full_like(moment.mean, weight * side.damping))
-        self._lower = self._cholesky(system, total, diagonal, exact)
+        self._lower = self._cholesky(system, total, diagonal)
 
     def _factor_samples(self, system: JointSystem, scales: list[float]) -> None:
         first = system.sides[0].moment.mean
@@ -256,16 +266,15 @@ class Factor:
             rows.append(block.index_copy_(1, side.index, side.moment.samples * weight**0.5))
         self._rows = torch.cat(rows)
         gram = (self._rows / self._diagonal) @ self._rows.T
-        self._lower = self._cholesky(system, gram, torch.ones_like(gram[0]), True)
+        self._lower = self._cholesky(system, gram, torch.ones_like(gram[0]))
 
     @staticmethod
-    def _cholesky(system: JointSystem, matrix: Tensor, diagonal: Tensor, exact: bool) -> Tensor:
-        """Cholesky factor of matrix + diagonal; the diagonal grows tenfold until it succeeds."""
-        single = len(matrix) >= SINGLE_PRECISION_FROM and not exact
+    def _cholesky(system: JointSystem, matrix: Tensor, diagonal: Tensor) -> Tensor:
+        """Cholesky factor of matrix + diagonal; the diagonal grows tenfold until it succeeds. Writes on ``matrix``."""
+        plain = matrix.diagonal().clone()
         for _ in range(12):
-            damped = matrix.float() if single else matrix.clone()
-            damped.diagonal().add_(diagonal.to(damped.dtype), alpha=system.escalation)
-            lower, status = torch.linalg.cholesky_ex(damped)
+            matrix.diagonal().copy_(plain + diagonal * system.escalation)
+            lower, status = torch.linalg.cholesky_ex(matrix)
             if not int(status):
                 return lower
             system.escalation *= 10
@@ -328,7 +337,7 @@ def joint_rows(
             theta[:, rows] = system.solve(*some, None, factor, SCALE_ITERATIONS)
             continue
         theta[:, rows] = factor.solve(target[:, rows])
-        if not factor.is_exact:
+        if not factor.is_exact and not system.in_single_precision:
             residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
             theta[:, rows] += factor.solve(residual)
     for _ in range(sweeps):

@@ -30,11 +30,12 @@ from .observe import Observed
 #: when it arrives there, are matched anew in the first round only.
 WIDE = 1024
 
-#: Private scales to try where a layer's columns are few, and where they are many and each costs a factorisation.
+#: Private scales to try where a layer's columns are few; where they are many, each costs a factorisation, or where
+#: BatchNorms bring the layers to one scale (measured on a ResNet-20 pair, ten draws: +0.2 +- 0.2 points).
 RATIOS, ONE_RATIO = match.FEW_RATIOS, (1.0,)
 
 #: Part of the total that a round has to take away for another one to follow.
-LEAST = 1e-3
+LEAST = 1e-2
 
 #: Bytes of distances that are kept while the columns of their layers stay as they are.
 KEEP_DISTANCES = 2**29
@@ -286,7 +287,8 @@ def is_wide(axis: AxisGroup) -> bool:
 
 def _ratios(parts: Mapping[int, Part]) -> tuple[float, ...]:
     """Private scales to try for a group of layers."""
-    return ONE_RATIO if max(part.weight.shape[1] for part in parts.values()) >= SINGLE_PRECISION_FROM else RATIOS
+    many = max(part.weight.shape[1] for part in parts.values()) >= SINGLE_PRECISION_FROM
+    return ONE_RATIO if many or all(part.layer.norm is not None for part in parts.values()) else RATIOS
 
 
 def _paired_rows(observed: Observed, parts: Mapping[int, Part]) -> dict[int, Tensor] | None:

@@ -31,7 +31,7 @@ ROUNDS = 4
 
 #: Samples of every task that correlations of activations are taken over, and those that a descent starts from: more
 #: were measured to make no difference to where it ends.
-ACTIVATION_SAMPLES, FIRST_SAMPLES = 256, 128
+ACTIVATION_SAMPLES, FIRST_SAMPLES = 256, 64
 
 
 def plan_axes(
