@@ -48,7 +48,7 @@ def assert_outputs(path: Path, zipped: ZippedNetwork, inputs: dict[str, torch.Te
 
 def stored(path: Path) -> dict[str, tuple[int, ...]]:
     """Key to shape of every floating-point initializer that is not a constant of the graph itself."""
-    found = [item for item in onnx.load(path).graph.initializer if not item.name.startswith("constant/")]
+    found = [item for item in onnx.load(path).graph.initializer if not item.name.endswith(".c")]
     return {item.name: tuple(item.dims) for item in found if item.data_type == onnx.TensorProto.FLOAT}
 
 
@@ -317,3 +317,44 @@ def test_a_batch_norm_is_two_vectors(tmp_path):
 def test_rows_of_one_task_are_not_cut_into_columns(lenets, tmp_path):
     mtzip.export_onnx(lenets[0.5], tmp_path / "z.onnx")
     assert "Slice" not in {node.op_type for node in onnx.load(tmp_path / "z.onnx").graph.node}
+
+
+class TwoBranches(nn.Module):
+    """Reads two branches side by side: of its columns some of either are shared and some are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 6, 1)
+        self.mix, self.head = nn.Conv2d(10, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+        return self.head(self.mix(x).relu().mean((2, 3)))
+
+
+def test_a_weight_whose_pieces_are_interleaved_is_cut_by_one_split(tmp_path):
+    networks = {task: seeded(TwoBranches, at) for at, task in enumerate("ab")}
+    inputs = {task: noise(24, 2, 8, 8, seed=at) for at, task in enumerate("ab")}
+    mtzip.export_onnx(zipped := mtzip.zip_networks(networks, inputs, share=0.5), tmp_path / "z.onnx")
+    assert_outputs(tmp_path / "z.onnx", zipped, {"a": noise(1, 2, 8, 8, seed=5), "b": noise(9, 2, 8, 8, seed=6)})
+    kinds = [node.op_type for node in onnx.load(tmp_path / "z.onnx").graph.node]
+    assert "Split" in kinds and "Slice" not in kinds
+
+
+def test_constants_are_stored_once_and_names_are_no_tasks(tmp_path):
+    networks = {name: seeded(Residual, at) for at, name in enumerate(("0", "1"))}
+    inputs = {task: noise(24, 2, 8, 8, seed=int(task)) for task in networks}
+    mtzip.export_onnx(zipped := mtzip.zip_networks(networks, inputs, share=0.5), tmp_path / "z.onnx")
+    assert_outputs(tmp_path / "z.onnx", zipped, {"0": noise(1, 2, 8, 8, seed=5), "1": noise(9, 2, 8, 8, seed=6)})
+    constants = [item for item in onnx.load(tmp_path / "z.onnx").graph.initializer if item.name.endswith(".c")]
+    assert constants
+    assert len({item.raw_data + bytes(item.dims) for item in constants}) == len(constants)
+
+
+def test_the_strides_of_the_example_are_not_in_the_graph(tmp_path):
+    networks = {"a": seeded(Residual), "b": seeded(Residual, 1)}
+    last = {t: noise(24, 2, 8, 8, seed=at).to(memory_format=torch.channels_last) for at, t in enumerate("ab")}
+    for name, inputs in (("last", last), ("first", {task: x.contiguous() for task, x in last.items()})):
+        mtzip.export_onnx(mtzip.zip_networks(networks, inputs, share=1.0), tmp_path / name)
+    kinds = [[node.op_type for node in onnx.load(tmp_path / name).graph.node] for name in ("last", "first")]
+    assert kinds[0] == kinds[1]

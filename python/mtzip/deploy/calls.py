@@ -116,7 +116,8 @@ class _Call:
         leaves, self._form = pytree.tree_flatten((example.args, example.kwargs))
         self._fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.inputs = [leaves[at] for at in self._places]
+        # As they lie in a file: strides of an example would be taken for the network's.
+        self.inputs = [leaves[at].contiguous() for at in self._places]
         self.input_names = _input_names(network, example)
         self.output_names: list[str] = []
         self.select: Select = None

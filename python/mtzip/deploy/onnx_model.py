@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ZipError, first_line
 from .calls import Calls, SameInput
 from .exporting import batch_sizes, exported, quiet
+from .onnx_small import CONSTANT, make_small
 
 INPUT = "input"  # of all tasks
 
@@ -57,8 +58,7 @@ def model_of(calls: Calls, same_input: bool = False, opset: int | None = None) -
         common.CommonSubexpressionEliminationPass()(model)
     for change in (common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.ClearMetadataAndDocStringPass()):
         change(model)
-    _fold_norms(model.graph)
-    _shorten(model)
+    make_small(model)
     return model
 
 
@@ -66,7 +66,7 @@ def _store(graph: ir.Graph, weights: dict[str, Tensor]) -> None:
     """Puts initializers in the place of the inputs that stand for weights."""
     for value in list(graph.initializers.values()):
         del graph.initializers[value.name]
-        value.name = f"constant/{value.name}"
+        value.name = CONSTANT + value.name
         graph.initializers.add(value)
     for value, (key, tensor) in zip(list(graph.inputs)[: len(weights)], weights.items(), strict=True):
         stored = TorchTensor(tensor.cpu().contiguous(), name=key)
@@ -101,73 +101,6 @@ def _name(graph: ir.Graph, calls: Calls, same_input: bool) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([symbols.get(str(x), x) if not isinstance(x, int) else x for x in value.shape])
-
-
-#: Attributes that say what ONNX assumes without them.
-_ASSUMED = {
-    ("Conv", "auto_pad"): "NOTSET",
-    ("Conv", "group"): 1,
-    ("Gemm", "alpha"): 1.0,
-    ("Gemm", "beta"): 1.0,
-    ("Gemm", "transA"): 0,
-    ("BatchNormalization", "training_mode"): 0,
-    ("BatchNormalization", "momentum"): torch.tensor(0.9).item(),
-    ("MaxPool", "auto_pad"): "NOTSET",
-    ("MaxPool", "ceil_mode"): 0,
-    ("MaxPool", "storage_order"): 0,
-}
-
-
-def _fold_norms(graph: ir.Graph) -> None:
-    """Stores two vectors for a BatchNorm, not four: the factor under the key of its weight, the shift of its bias."""
-    made: dict[tuple, ir.Value] = {}
-
-    def constant(name: str, like: Tensor, number: float) -> ir.Value:
-        key = (name, len(like), like.dtype)
-        if key not in made:
-            tensor = TorchTensor(torch.full_like(like, number), name=f"constant/{name}/{len(made)}")
-            made[key] = ir.Value(name=tensor.name, const_value=tensor)
-            graph.register_initializer(made[key])
-        return made[key]
-
-    for node in graph:
-        kind, values = node.op_type, node.inputs
-        if kind != "BatchNormalization" or any(x is None or x.const_value is None for x in values[1:]):
-            continue
-        alone = all(not x.name.startswith("constant/") and len(x.uses()) == 1 for x in values[1:3])
-        weight, bias, mean, variance = (torch.from_numpy(x.const_value.numpy().copy()) for x in values[1:])
-        if not alone or weight.dtype not in (torch.float16, torch.float32, torch.float64):
-            continue
-        epsilon = node.attributes["epsilon"].value if "epsilon" in node.attributes else 1e-5
-        factor = weight.double() / (variance.double() + epsilon).sqrt()
-        shift = bias.double() - mean.double() * factor
-        for value, new in zip(values[1:3], (factor.to(weight.dtype), shift.to(bias.dtype)), strict=True):
-            value.const_value = TorchTensor(new, name=value.name)
-        statistics = values[3:]
-        node.replace_input_with(3, constant("zeros", mean, 0.0))
-        node.replace_input_with(4, constant("ones", variance, 1.0))
-        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
-        for value in statistics:
-            if not value.uses():
-                graph.initializers.pop(value.name, None)
-
-
-def _shorten(model: ir.Model) -> None:
-    """Drops what every reader can work out again: types, shapes and long names of values in between, defaults."""
-    model.producer_name, model.producer_version, model.graph.name = "mtzip", None, "mtzip"
-    ends = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
-    for value in model.graph.initializers.values():
-        value.type = value.shape = None  # the tensor has them
-    for number, node in enumerate(model.graph):
-        node.name = None
-        for key, attribute in list(node.attributes.items()):
-            ones = node.op_type == "Conv" and key in ("dilations", "strides") and set(attribute.value) == {1}
-            if ones or _ASSUMED.get((node.op_type, key)) == attribute.value:
-                del node.attributes[key]
-        for place, value in enumerate(node.outputs):
-            if id(value) not in ends:
-                value.type = value.shape = None
-                value.name = f"{number}.{place}" if place else str(number)
 
 
 def _check_same_form(calls: Calls) -> None:
