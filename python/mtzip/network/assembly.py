@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import torch
 from torch import nn
 
-# Not attributes of the leaves: neither deepcopy nor pickle nor a state dict takes them along.
-_kept: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+# By the leaf's id until it is gone. Not attributes of the leaves: neither deepcopy nor pickle nor a state dict takes
+# them along; no weak dictionary, whose look-up takes as long as everything else here.
+_kept: dict[int, tuple[Any, dict[str, Any]]] = {}
 _on = True
 
 
@@ -38,9 +39,11 @@ def kept(leaf: nn.Module, name: str, make: Callable[[bool], Any]) -> Any:
         state = [(p.data_ptr(), p._version) for p in leaf._parameters.values() if p is not None]
     except (RuntimeError, AttributeError):  # a tensor of a transform or of inference mode, which has no counter
         return make(False)
-    found = _kept.get(leaf)
+    found = _kept.get(id(leaf))
     if found is None or found[0] != state:
-        found = _kept[leaf] = state, {}
+        if found is None:
+            finalize(leaf, _kept.pop, id(leaf), None).atexit = False
+        found = _kept[id(leaf)] = state, {}
     values = found[1]
     if name not in values:
         values[name] = make(True)
@@ -49,7 +52,8 @@ def kept(leaf: nn.Module, name: str, make: Callable[[bool], Any]) -> Any:
 
 def forget(leaf: nn.Module) -> None:
     """Lets go of what is kept for ``leaf``."""
-    _kept.pop(leaf, None)
+    if id(leaf) in _kept:
+        _kept[id(leaf)] = None, {}  # its end is watched already
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from .assembly import forget, kept
 from .layout import Layout, pieces, totals
 
-#: Entries of a weight (1 MiB in float32) up to which a copy is kept with everything folded in, for speed.
-SMALL = 2**18
+#: Entries of a weight (2 MiB in float32) up to which a copy is kept with everything folded in, for speed.
+SMALL = 2**19
 
 
 class SharedLayer:

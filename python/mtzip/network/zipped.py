@@ -90,9 +90,10 @@ class ZippedNetwork(nn.Module):
         if isinstance(inputs, Mapping) and inputs and all(key in self.networks for key in inputs):
             return {task: self[task](value) for task, value in inputs.items()}
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            from ..deploy.together import Together
+            if self._together is None:
+                from ..deploy.together import Together
 
-            self._together = self._together or Together()
+                self._together = Together()
             outputs = self._together(self, inputs)
             if outputs is not None:
                 return outputs
