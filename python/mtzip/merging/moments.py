@@ -26,6 +26,11 @@ from ..trace.analysis import Layer
 MOMENT_SAMPLES = (64, 256)
 
 
+def is_whole(index: Tensor, size: int) -> bool:
+    """Whether ``index`` [n] is 0, 1, ..., size - 1, so that taking it would only copy."""
+    return len(index) == size and bool((index.diff() == 1).all()) and (not size or not int(index[0]))
+
+
 @dataclass
 class Moment:
     """Input statistics of one layer of one task.
@@ -44,9 +49,7 @@ class Moment:
 
     def select(self, columns: Tensor) -> Moment:
         """The moment of some columns, in the order of ``columns`` [s]; the moment itself if those are all of them."""
-        if len(columns) == len(self.mean) and bool(
-            (columns == torch.arange(len(columns), device=columns.device)).all()
-        ):
+        if is_whole(columns, len(self.mean)):
             return self
         covariance = None if self.covariance is None else self.covariance[columns][:, columns]
         samples = None if self.samples is None else self.samples[:, columns]
@@ -107,7 +110,7 @@ class Target:
 def cross_moment(moment: Moment, target: Target, rows: Tensor) -> Tensor:
     """Covariance of the input with some rows of the target, [d, r]."""
     if target.cross is not None:
-        return target.cross[:, rows]
+        return target.cross if is_whole(rows, target.cross.shape[1]) else target.cross[:, rows]
     return moment.samples.T @ target.samples[:, rows]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..network.layout import Run
 from ..trace.analysis import Analysis, Layer
 from .columns import Unknown, unknown_columns
-from .moments import Moment, Target, View, cross_moment
+from .moments import Moment, Target, View, cross_moment, is_whole
 from .solve import JointSystem, Side
 
 
@@ -123,7 +123,8 @@ class Part:
 
     def weight_of(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Weights of some rows over some columns, [r, d]; a shared bias is one more column."""
-        weight = self.weight[rows][:, columns]
+        weight = self.weight if is_whole(rows, len(self.weight)) else self.weight[rows]
+        weight = weight if is_whole(columns, weight.shape[1]) else weight[:, columns]
         return torch.cat([weight, self.bias[rows][:, None]], 1) if self.constant == "shared" else weight
 
     def gain_alone(self, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
@@ -134,7 +135,8 @@ class Part:
 
     def right_hand_side(self, side: Side, rows: Tensor, columns: Tensor, weighted: bool) -> Tensor:
         """b of some rows over some columns, [d, r], the rows weighted by how much they matter if ``weighted``."""
-        cross = cross_moment(self.moment, self.target, rows)[columns]
+        cross = cross_moment(self.moment, self.target, rows)
+        cross = cross if is_whole(columns, len(cross)) else cross[columns]
         mean = self.target.mean[rows]
         if self.constant != "free":
             cross = cross + torch.outer(self.moment.mean[columns], mean)

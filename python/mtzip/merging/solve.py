@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .moments import Moment, Target
+from .moments import Moment, Target, is_whole
 
 #: Relative damping, lambda over the mean variance of the columns: the more columns to a position the more, but no less
 #: than the floor. Measured on pairs of 784-300-100-10 networks: 0.1 is best for 1,000 images, 0.001 to 0.01 for 10,000.
@@ -109,8 +109,7 @@ class JointSystem:
 
     def is_whole(self, at: int) -> bool:
         """Whether the columns of side ``at`` are those of the unknown, in the same order."""
-        index = self.sides[at].index
-        return len(index) == self.size and bool((index.diff() == 1).all())
+        return is_whole(self.sides[at].index, self.size)
 
     def scatter(self, at: int, values: Tensor) -> Tensor:
         """P_t^T values: [d, r] on the columns of side ``at`` to [size, r]; themselves where nothing moves."""
