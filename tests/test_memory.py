@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import weakref
 
 import pytest
 import torch
-from nets import IMAGE, Branches, Functional, Residual, mlp, noise, seeded
+from nets import IMAGE, Branches, Functional, Residual, analysed, mlp, noise, seeded
 from torch import nn
 
 import mtzip
 from mtzip import memory as accounts
+from mtzip.inputs import as_batch
 from mtzip.merging import spill, sweep
+from mtzip.merging.execute import Execution
 from mtzip.merging.spill import Store, Values
 from mtzip.prepare import prepare
 
@@ -211,3 +214,60 @@ def test_a_full_disk_says_what_to_do(folder, monkeypatch):
     with pytest.raises(OSError, match=r"No space left.*set TMPDIR"), Store(0) as store:
         Values(store, 1, 1).put(0, noise(3))
     assert left_in(folder) == []
+
+
+# -- chunks are run when they are asked for ------------------------------------------------------------------------
+
+
+def executed() -> Execution:
+    network = seeded(lambda: mlp(6, (5, 4), 3))
+    chunks = [noise(size, 6, seed=size) for size in (8, 4, 2)]
+    analysis = analysed(network, chunks[0])
+    return Execution(analysis, copy.deepcopy(analysis.exported.network), [as_batch(x) for x in chunks])
+
+
+def test_a_chunk_is_run_when_it_is_asked_for_and_once(monkeypatch):
+    execution, ran = executed(), []
+    run = Execution._run
+    monkeypatch.setattr(Execution, "_run", lambda self, steps, chunk: (ran.append(chunk), run(self, steps, chunk)))
+    *_, last = execution.analysis.layers.values()
+    for layer in execution.analysis.layers.values():
+        execution.advance(layer.node)
+        first = execution.inputs(layer)[0]
+        if layer is not last:
+            execution.finish(layer.node, False)
+    assert ran == [0, 0] and len(first) == 8
+    network = execution.analysis.exported.network
+    for _ in range(2):
+        expected = network[:-1](execution.batches[2].args[0])
+        assert torch.equal(execution.inputs(last)[2], expected)
+    assert ran == [0, 0, 2]
+
+
+def test_a_chunk_that_was_left_behind_runs_with_the_weights_as_they_were_before_a_reordering():
+    execution = executed()
+    first, second, _ = execution.analysis.layers.values()
+    execution.advance(first.node)
+    execution.finish(first.node, False)
+    execution.advance(second.node)
+    assert len(execution.inputs(second)[0]) == 8
+    network = execution.network
+    expected = torch.relu(network.get_submodule(first.path)(execution.batches[1].args[0]))
+    (segment,) = execution.analysis.axes.resolve(first.rows)
+    execution.reorder({segment.atom: torch.tensor([4, 3, 2, 1, 0])})
+    assert torch.equal(execution.inputs(second)[1], expected)
+
+
+def test_values_go_with_their_execution():
+    execution = executed()
+    first, second, _ = execution.analysis.layers.values()
+    execution.advance(first.node)
+    execution.finish(first.node, False)
+    execution.advance(second.node)
+    gone = weakref.ref(execution.inputs(second)[0])
+    gc.disable()
+    try:
+        del execution
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, fx, nn
@@ -131,7 +132,8 @@ class Execution:
             self._changed.add(node.name)
 
     def _values(self, node: fx.Node) -> Values:
-        return Values(self._store, self._until[node.name], len(self.batches), self._catch_up)
+        # Weakly: values are let go of with the execution, not when cycles are looked for.
+        return Values(self._store, self._until[node.name], len(self.batches), WeakMethod(self._catch_up))
 
     def _zipped_values(self, node: fx.Node) -> None:
         if node.name in self.original:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,12 +101,12 @@ class Values(Sequence):
         store: that keeps them.
         until: position of the last node that reads them; what is needed longest goes to disk first.
         chunks: how many there are.
-        bring: called with a chunk that is asked for and not there yet; it puts it there.
+        bring: of a method that is called with a chunk that is asked for and not there yet; it puts it there.
     """
 
     _made = 0
 
-    def __init__(self, store: Store, until: int, chunks: int, bring: Callable[[int], None] | None = None):
+    def __init__(self, store: Store, until: int, chunks: int, bring: weakref.WeakMethod | None = None):
         Values._made += 1
         self.at, self.until, self._store, self._bring = Values._made, until, store, bring
         self._items: list[Any] = [None] * chunks
@@ -144,7 +144,7 @@ class Values(Sequence):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         if self._items[index] is None and self._bring is not None:
-            self._bring(index)
+            self._bring()(index)
         item = self._items[index]
         if item is None:
             raise LookupError(f"the value of chunk {index} is no longer kept")
