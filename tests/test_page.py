@@ -6,11 +6,14 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from handmade import small_report, zipped_pair, zipped_three
+from retraining import labelled
 
+import mtzip
 from mtzip.cli import main
 from mtzip.reports.page import page
 from mtzip.reports.page_style import STYLE, TASKS
@@ -215,3 +218,26 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         small_report().html(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in Path(tmp_path).iterdir()] == ["page.html"]
+
+
+def test_curves_and_errors_of_the_report_are_in_the_file_and_on_its_page(tmp_path):
+    zipped = zipped_pair()
+    zipped.report = small_report()
+    mtzip.retrain(zipped, labelled(8), steps=3)
+    assert [len(zipped.report.retraining[task]) for task in zipped] == [3, 3]
+    zipped.report.errors = {"originals": {"a": 1.625}, "retrained": {"a": 1.875}}
+    mtzip.save(zipped, tmp_path / "z.safetensors")
+    content = describe_html(tmp_path / "z.safetensors")
+    assert "Retraining" in content and "Error before and after" in content and "1.875" in content
+    assert Report.from_dict(zipped.report.to_dict()).retraining.keys() == zipped.report.retraining.keys()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 47, 48, 49, 50, 95, 1000])
+def test_a_long_curve_is_kept_in_few_values(steps):
+    report = small_report()
+    losses = [1.0 + 1.0 / (1 + at) for at in range(steps)]
+    report.note_retraining({"a": losses})
+    kept = report.retraining["a"]
+    assert len(kept) == min(steps, 48)
+    assert kept[0] == pytest.approx(losses[0], rel=1e-3) and kept[-1] == pytest.approx(losses[-1], rel=1e-3)
+    assert all(after <= before for before, after in pairwise(kept))

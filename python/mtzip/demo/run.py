@@ -124,6 +124,8 @@ def _zip_levels(
         stored = sum(parameter.numel() for parameter in zipped.parameters())
         levels.append(Level(share, _errors(averaged, tasks), at_once, _errors(zipped, tasks), stored))
         _row(table, outcome, levels[-1])
+    last = levels[-1]
+    zipped.report.errors = {"originals": outcome.originals, "zipped": last.zipped, "retrained": last.retrained}
     file = output / f"{kind.__name__.lower()}.safetensors"
     mtzip.save(zipped, file)
     print(f"\nwrote {file}, the last row, {file.stat().st_size:,} bytes; look into it with: mtzip show {file}")

@@ -70,8 +70,9 @@ def page(
 
     Args:
         report: what the zip did.
-        history: of retraining, for its curves.
-        errors: stage ("originals", "zipped", ...) to task to test error, for a comparison; any unit.
+        history: of retraining, for its curves; None for those of the report.
+        errors: stage ("originals", "zipped", ...) to task to test error, for a comparison; any unit. None for those of
+            the report.
         stored: what the file holds, for its sizes.
 
     Raises:
@@ -80,7 +81,7 @@ def page(
     parts = [
         _head(report, stored),
         _tiles(report, stored),
-        _errors(report, errors),
+        _errors(report, errors if errors is not None else report.errors or None),
         _retraining(report, history),
         _side_by_side(report),
         _layers(report),
@@ -209,15 +210,20 @@ def _errors(report: Report, errors: Mapping[str, Mapping[str, float]] | None) ->
 
 
 def _retraining(report: Report, history: Losses | None) -> str:
-    if history is None or not history.tasks:
+    losses = report.retraining if history is None else {task: history.losses(task) for task in history.tasks}
+    if not losses:
         return ""
     order = {task: at for at, task in enumerate(report.tasks)}
-    styles = {task: task_class(order.get(task, at)) for at, task in enumerate(history.tasks)}
-    losses = {task: history.losses(task) for task in history.tasks}
+    styles = {task: task_class(order.get(task, at)) for at, task in enumerate(losses)}
     if not any(losses.values()):
         return _section("Retraining", "<p>No steps.</p>")
-    legend = _legend([(styles[task], f"{task}: {_from_to(losses[task])}") for task in history.tasks])
-    return _section("Retraining", legend + curves(losses, styles), "Loss of every task, step by step.")
+    legend = _legend([(styles[task], f"{task}: {_from_to(values)}") for task, values in losses.items()])
+    note = (
+        "Loss of every task from the first step to the last."
+        if history is None
+        else "Loss of every task, step by step."
+    )
+    return _section("Retraining", legend + curves(losses, styles), note)
 
 
 def _from_to(values: Sequence[float]) -> str:

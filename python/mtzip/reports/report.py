@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from . import schema
@@ -60,6 +61,10 @@ class Private:
     reason: str
 
 
+#: Values of a task's loss that a report keeps at most.
+CURVE = 48
+
+
 @dataclass
 class Report:
     """What :func:`mtzip.zip_networks` did. ``print`` it for a table, :meth:`plot` it for a picture.
@@ -77,6 +82,9 @@ class Report:
         output_error: where it was measured, task to relative output error on calibration inputs.
         memory: bytes: the "estimate" of what calibration takes where nothing goes to disk, the "least" that ``memory=``
             may be, the most of activations that was "kept" in memory, and what was "spilled" to disk.
+        retraining: task to its loss over the steps of the last :func:`mtzip.retrain`, thinned out to ``CURVE`` values.
+        errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``: yours to set, kept
+            in the file.
     """
 
     tasks: tuple[str, ...]
@@ -90,6 +98,8 @@ class Report:
     planned: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    retraining: dict[str, Sequence[float]] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -122,8 +132,8 @@ class Report:
 
         Args:
             path: the file, usually ``.html``.
-            history: what :func:`mtzip.retrain` returned, for its curves.
-            errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``.
+            history: what :func:`mtzip.retrain` returned, for its curves at every step; None for those of the report.
+            errors: stage to task to test error; None for those of the report.
 
         Raises:
             OSError: the file cannot be written.
@@ -131,6 +141,10 @@ class Report:
         from .page import page, write_page
 
         write_page(path, page(self, history=history, errors=errors))
+
+    def note_retraining(self, losses: Mapping[str, Sequence[float]]) -> None:
+        """Keeps the curves of a retraining, in few values: task to its loss at every step."""
+        self.retraining = {task: _thinned(values) for task, values in losses.items() if values}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as JSON has them: None stands for a number that is not finite."""
@@ -144,7 +158,7 @@ class Report:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
         if isinstance(data, Mapping):
-            data = {"memory": {}, **data}  # files from before it was counted have none
+            data = {"memory": {}, "retraining": {}, "errors": {}, **data}  # files of earlier versions have none
         values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
@@ -191,5 +205,16 @@ _REPORT = schema.fields(
         "planned": _NUMBERS,
         "output_error": _NUMBERS,
         "memory": _COUNTS,
+        "retraining": schema.mapping(schema.listing(schema.number)),
+        "errors": schema.mapping(_NUMBERS),
     }
 )
+
+
+def _thinned(losses: Sequence[float]) -> list[float]:
+    """A curve in at most ``CURVE`` values, four digits each: the first, the last, and means of the steps between."""
+    if len(losses) > CURVE:
+        edges = [1 + at * (len(losses) - 2) // (CURVE - 2) for at in range(CURVE - 1)]
+        means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
+        losses = [losses[0], *means, losses[-1]]
+    return [float(f"{loss:.4g}") for loss in losses]

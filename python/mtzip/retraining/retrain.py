@@ -149,6 +149,8 @@ def retrain(
     if run.best is not None and run.best.score < float("inf"):
         run.best.weights.restore()
         run.history.best = run.best.step
+    if zipped.report is not None:
+        zipped.report.note_retraining({task: run.history.losses(task) for task in zipped.tasks})
     return run.history
 
 
