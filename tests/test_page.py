@@ -239,5 +239,7 @@ def test_a_long_curve_is_kept_in_few_values(steps):
     report.note_retraining({"a": losses})
     kept = report.retraining["a"]
     assert len(kept) == min(steps, 48)
+    ends = [item.text for item in parsed(page(report)).iter("text") if item.get("text-anchor") in ("start", "end")]
+    assert ends[-1] == (f"{steps - 1:,}" if steps > 1 else "step 0")
     assert kept[0] == pytest.approx(losses[0], rel=1e-3) and kept[-1] == pytest.approx(losses[-1], rel=1e-3)
     assert all(after <= before for before, after in pairwise(kept))

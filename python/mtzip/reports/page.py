@@ -223,7 +223,8 @@ def _retraining(report: Report, history: Losses | None) -> str:
         if history is None
         else "Loss of every task, step by step."
     )
-    return _section("Retraining", legend + curves(losses, styles), note)
+    steps = report.retraining_steps if history is None else None
+    return _section("Retraining", legend + curves(losses, styles, steps), note)
 
 
 def _from_to(values: Sequence[float]) -> str:

@@ -114,19 +114,21 @@ def stacked(parts: Sequence[tuple[str, int, str]]) -> str:
     return f'<svg class="stacked" viewBox="0 0 100 10" preserveAspectRatio="none" role="img">{"".join(pieces)}</svg>'
 
 
-def curves(losses: Mapping[str, Sequence[float]], styles: Mapping[str, str]) -> str:
+def curves(losses: Mapping[str, Sequence[float]], styles: Mapping[str, str], steps: int | None = None) -> str:
     """Losses over steps, a line a task, on a logarithmic scale where they span more than a decade.
 
     Args:
         losses: task to loss at every step; values that are not finite leave a gap.
         styles: task to style.
+        steps: how many steps the values stand for; None for one each.
     """
     width, height, left, bottom = 1040, 270, 56, 28
     smooth = {task: _averaged(values) for task, values in losses.items()}
     known = [y for points in smooth.values() for _, y in points if math.isfinite(y)]
     if not known:
         return "<p>No finite losses.</p>"
-    steps = max(len(values) for values in losses.values())
+    shown = max(len(values) for values in losses.values())
+    steps = steps or shown
     low, high = min(known), max(known)
     by_log = low > 0 and high > 10 * low
     scale = math.log10 if by_log else float
@@ -135,7 +137,7 @@ def curves(losses: Mapping[str, Sequence[float]], styles: Mapping[str, str]) -> 
     bottom_value, span = bottom_value - 0.05 * span, 1.1 * span
 
     def place(step: float, value: float) -> tuple[float, float]:
-        x = left + (width - left - 12) * step / max(steps - 1, 1)
+        x = left + (width - left - 12) * step / max(shown - 1, 1)
         return x, 8 + (height - bottom - 8) * (1 - (scale(value) - bottom_value) / span)
 
     parts = []
@@ -146,7 +148,7 @@ def curves(losses: Mapping[str, Sequence[float]], styles: Mapping[str, str]) -> 
             f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
         )
     for step in sorted({0, (steps - 1) // 2, steps - 1}):
-        x = place(step, high)[0]
+        x = place(step * (shown - 1) / max(steps - 1, 1), high)[0]
         anchor = "start" if step == 0 else "end" if step == steps - 1 else "middle"
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">'

@@ -83,6 +83,7 @@ class Report:
         memory: bytes: the "estimate" of what calibration takes where nothing goes to disk, the "least" that ``memory=``
             may be, the most of activations that was "kept" in memory, and what was "spilled" to disk.
         retraining: task to its loss over the steps of the last :func:`mtzip.retrain`, thinned out to ``CURVE`` values.
+        retraining_steps: how many steps those were.
         errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``: yours to set, kept
             in the file.
     """
@@ -99,6 +100,7 @@ class Report:
     output_error: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     retraining: dict[str, Sequence[float]] = field(default_factory=dict)
+    retraining_steps: int = 0
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -145,6 +147,7 @@ class Report:
     def note_retraining(self, losses: Mapping[str, Sequence[float]]) -> None:
         """Keeps the curves of a retraining, in few values: task to its loss at every step."""
         self.retraining = {task: _thinned(values) for task, values in losses.items() if values}
+        self.retraining_steps = max(map(len, losses.values()), default=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as JSON has them: None stands for a number that is not finite."""
@@ -158,7 +161,13 @@ class Report:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
         if isinstance(data, Mapping):
-            data = {"memory": {}, "retraining": {}, "errors": {}, **data}  # files of earlier versions have none
+            data = {
+                "memory": {},
+                "retraining": {},
+                "retraining_steps": 0,
+                "errors": {},
+                **data,
+            }  # files of earlier versions have none
         values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
@@ -206,6 +215,7 @@ _REPORT = schema.fields(
         "output_error": _NUMBERS,
         "memory": _COUNTS,
         "retraining": schema.mapping(schema.listing(schema.number)),
+        "retraining_steps": schema.count,
         "errors": schema.mapping(_NUMBERS),
     }
 )
