@@ -114,7 +114,10 @@ def worker_loaders():
     ],
 )
 def test_loaders_go_on_where_they_were(loaders, tmp_path):
-    make = lambda: (with_dropout(), loaders())  # noqa: E731
+
+    def make():
+        return (with_dropout(), loaders())
+
     resumed = killed_and_resumed(make, tmp_path / "run.ckpt", batch_size=8)
     assert_same(weights_of(resumed), weights_of(left_alone(make, batch_size=8)))
 
@@ -141,7 +144,10 @@ def test_loaders_go_on_where_they_were(loaders, tmp_path):
     ids=lambda arguments: "-".join(arguments),
 )
 def test_every_state_goes_on(arguments, tmp_path):
-    make = lambda: (with_dropout(), labelled(22))  # noqa: E731
+
+    def make():
+        return (with_dropout(), labelled(22))
+
     resumed = killed_and_resumed(make, tmp_path / "run.ckpt", **{"batch_size": 8} | arguments)
     arguments = {key: value for key, value in arguments.items() if key != "kills"}
     assert_same(weights_of(resumed), weights_of(left_alone(make, **{"batch_size": 8} | arguments)))
@@ -159,7 +165,10 @@ def test_the_callers_generators_go_on_too_without_a_seed(tmp_path):
 
 
 def test_history_goes_on_and_a_finished_run_is_not_run_again(tmp_path):
-    make = lambda: (with_dropout(), inputs(22))  # noqa: E731
+
+    def make():
+        return (with_dropout(), inputs(22))
+
     steps = []
     arguments = {
         "steps": 14,
@@ -190,7 +199,9 @@ def test_sigterm_writes_and_ends_with_143(tmp_path):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    make = lambda: (with_dropout(), inputs(22))  # noqa: E731
+    def make():
+        return (with_dropout(), inputs(22))
+
     with pytest.raises(SystemExit) as caught:
         retrain(*make(), 14, checkpoint=path, log=log, dropout=True)
     assert caught.value.code == 143

@@ -135,7 +135,9 @@ def test_a_file_made_to_look_right_is_refused_and_changes_nothing(tmp_path):
 
 def test_a_loader_that_has_become_shorter_is_refused(tmp_path):
     path = tmp_path / "run.ckpt"
-    make = lambda count: {t: list(x.split(4)) for t, x in inputs(count).items()}  # noqa: E731
+
+    def make(count):
+        return {t: list(x.split(4)) for t, x in inputs(count).items()}
 
     def log(step, _):
         if step == 4:

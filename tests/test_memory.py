@@ -19,6 +19,7 @@ from mtzip.merging import spill, sweep
 from mtzip.merging.execute import Execution
 from mtzip.merging.spill import Store, Values
 from mtzip.prepare import prepare
+from mtzip.trace.analysis import Layer
 
 X = {"a": noise(300, *IMAGE), "b": noise(300, *IMAGE, seed=1)}
 
@@ -226,6 +227,16 @@ def executed() -> Execution:
     return Execution(analysis, copy.deepcopy(analysis.exported.network), [as_batch(x) for x in chunks])
 
 
+def at_the_second_layer(execution: Execution) -> Layer:
+    """The second layer, of which the first chunk has been asked for."""
+    first, second, _ = execution.analysis.layers.values()
+    execution.advance(first.node)
+    execution.finish(first.node, False)
+    execution.advance(second.node)
+    assert len(execution.inputs(second)[0]) == 8
+    return second
+
+
 def test_a_chunk_is_run_when_it_is_asked_for_and_once(monkeypatch):
     execution, ran = executed(), []
     run = Execution._run
@@ -246,12 +257,8 @@ def test_a_chunk_is_run_when_it_is_asked_for_and_once(monkeypatch):
 
 def test_a_chunk_that_was_left_behind_runs_with_the_weights_as_they_were_before_a_reordering():
     execution = executed()
-    first, second, _ = execution.analysis.layers.values()
-    execution.advance(first.node)
-    execution.finish(first.node, False)
-    execution.advance(second.node)
-    assert len(execution.inputs(second)[0]) == 8
-    network = execution.network
+    second = at_the_second_layer(execution)
+    first, network = next(iter(execution.analysis.layers.values())), execution.network
     expected = torch.relu(network.get_submodule(first.path)(execution.batches[1].args[0]))
     (segment,) = execution.analysis.axes.resolve(first.rows)
     execution.reorder({segment.atom: torch.tensor([4, 3, 2, 1, 0])})
@@ -260,11 +267,7 @@ def test_a_chunk_that_was_left_behind_runs_with_the_weights_as_they_were_before_
 
 def test_values_go_with_their_execution():
     execution = executed()
-    first, second, _ = execution.analysis.layers.values()
-    execution.advance(first.node)
-    execution.finish(first.node, False)
-    execution.advance(second.node)
-    gone = weakref.ref(execution.inputs(second)[0])
+    gone = weakref.ref(execution.inputs(at_the_second_layer(execution))[0])
     gc.disable()
     try:
         del execution

@@ -215,7 +215,7 @@ def _layer(analysis: Analysis, layer: Layer, samples: int, tasks: int) -> tuple[
         rank = tasks * positions * taken
     square = rank * rank * layer.groups
     moments = 8 * (_COPIES * square + 3 * rank * columns + 3 * rows * columns)
-    # One is being made, in float64 and of a sum in float64; those of many columns are kept in float32.
+    # One is being made, in float64 at most, of a sum as large; those of many columns are kept in float32.
     factors = 2 * 8 * square + min(_KEPT_FACTORS, _FACTORS * 4 * square)
     return int(values), int(moments), int(factors)
 

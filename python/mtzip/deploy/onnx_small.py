@@ -38,16 +38,6 @@ def make_small(model: ir.Model) -> None:
 
 def _fold_norms(graph: ir.Graph) -> None:
     """Stores two vectors for a BatchNorm, not four: the factor under the key of its weight, the shift of its bias."""
-    made: dict[tuple, ir.Value] = {}
-
-    def constant(name: str, like: Tensor, number: float) -> ir.Value:
-        key = (name, len(like), like.dtype)
-        if key not in made:
-            tensor = TorchTensor(torch.full_like(like, number), name=f"{CONSTANT}{name}/{len(made)}")
-            made[key] = ir.Value(name=tensor.name, const_value=tensor)
-            graph.register_initializer(made[key])
-        return made[key]
-
     for node in graph:
         kind, values = node.op_type, node.inputs
         if kind != "BatchNormalization" or any(x is None or x.const_value is None for x in values[1:]):
@@ -62,8 +52,8 @@ def _fold_norms(graph: ir.Graph) -> None:
         for value, new in zip(values[1:3], (factor.to(weight.dtype), shift.to(bias.dtype)), strict=True):
             value.const_value = TorchTensor(new, name=value.name)
         statistics = values[3:]
-        node.replace_input_with(3, constant("zeros", mean, 0.0))
-        node.replace_input_with(4, constant("ones", variance, 1.0))
+        node.replace_input_with(3, _constant(graph, node, "zeros", torch.zeros_like(mean)))
+        node.replace_input_with(4, _constant(graph, node, "ones", torch.ones_like(variance)))
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
         for value in statistics:
             if not value.uses():
@@ -89,15 +79,21 @@ def _split(graph: ir.Graph) -> None:
         size = None if value.shape is None else value.shape[axis]
         if len(ranges) < 2 or ends[-1] != size or ends[:-1] != [start for start, _ in ranges]:
             continue
-        name = f"{CONSTANT}sizes/{nodes[0].outputs[0].name}"
-        sizes = ir.Value(name=name, const_value=TorchTensor(torch.tensor(ends).diff(), name=name))
-        graph.register_initializer(sizes)
+        sizes = _constant(graph, nodes[0], "sizes", torch.tensor(ends).diff())
         split = ir.node("Split", [value, sizes], {"axis": axis}, num_outputs=len(ranges))
         graph.insert_before(min(nodes, key=lambda node: places[id(node)]), split)
         for out, cut in zip(split.outputs, ranges, strict=True):
             for node in found[cut]:
                 node.outputs[0].replace_all_uses_with(out)
                 graph.remove(node, safe=True)
+
+
+def _constant(graph: ir.Graph, node: ir.Node, what: str, tensor: Tensor) -> ir.Value:
+    """A new initializer on behalf of ``node``; :func:`_merge_constants` makes one of those that are equal."""
+    name = f"{CONSTANT}{node.outputs[0].name}/{what}"
+    value = ir.Value(name=name, const_value=TorchTensor(tensor, name=name))
+    graph.register_initializer(value)
+    return value
 
 
 def _merge_constants(graph: ir.Graph) -> None:

@@ -88,8 +88,8 @@ class Execution:
         """True if what ``layer`` reads differs from the original's."""
         return self.is_changed(layer.input)
 
-    def inputs(self, layer: Layer) -> list[Tensor]:
-        """What ``layer`` reads in the zipped network."""
+    def inputs(self, layer: Layer) -> Sequence[Tensor]:
+        """What ``layer`` reads in the zipped network; a chunk is run when it is taken."""
         return self.zipped[layer.input.name]
 
     def advance(self, until: fx.Node | None, visits: Mapping[str, Callable[[], bool]] | None = None) -> None:

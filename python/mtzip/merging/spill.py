@@ -122,11 +122,7 @@ class Values(Sequence):
         """Puts the last chunk that is in memory on disk; False if there is none."""
         for index in reversed(range(len(self._items))):
             value = self._items[index]
-            if (
-                value is not None
-                and not isinstance(value, _OnDisk)
-                and any(isinstance(x, Tensor) for x in pytree.tree_leaves(value))
-            ):
+            if not isinstance(value, _OnDisk) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(value)):
                 self._items[index] = self._store.write(value)
                 self._store.count(value, -1)
                 return True

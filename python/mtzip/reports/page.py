@@ -218,12 +218,9 @@ def _retraining(report: Report, history: Losses | None) -> str:
     if not any(losses.values()):
         return _section("Retraining", "<p>No steps.</p>")
     legend = _legend([(styles[task], f"{task}: {_from_to(values)}") for task, values in losses.items()])
-    note = (
-        "Loss of every task from the first step to the last."
-        if history is None
-        else "Loss of every task, step by step."
-    )
-    steps = report.retraining_steps if history is None else None
+    note, steps = "Loss of every task, step by step.", None
+    if history is None:
+        note, steps = "Loss of every task from the first step to the last.", report.retraining_steps
     return _section("Retraining", legend + curves(losses, styles, steps), note)
 
 

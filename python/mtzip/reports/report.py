@@ -161,13 +161,7 @@ class Report:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
         if isinstance(data, Mapping):
-            data = {
-                "memory": {},
-                "retraining": {},
-                "retraining_steps": 0,
-                "errors": {},
-                **data,
-            }  # files of earlier versions have none
+            data = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, **data}  # not in earlier files
         values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]

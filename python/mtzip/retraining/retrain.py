@@ -105,7 +105,8 @@ def retrain(
         progress: a bar with the loss of each task, on a terminal.
 
     Returns:
-        History: the loss of each task, learning rate and time of every step, and the validations.
+        History: the loss of each task, learning rate and time of every step, and the validations. The network's report
+        keeps the losses in few values.
 
     Raises:
         KeyError: a task the network does not have.
