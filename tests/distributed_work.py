@@ -175,6 +175,7 @@ def everything(rank: int, size: int, folder: Path) -> dict[str, object]:
         **{f"zip {name}": zipped_together(name, rank, size) for name in ZIPPED},
         "zip by activation": zipped_together("residual", rank, size, matching="activation", reconstructions=1),
         "zip mtz": zipped_together("mlp", rank, size, method="mtz", share=0.5),
+        "zip following": zipped_together("residual", rank, size, follow={"b": "a"}),
         "zip alone": zipped_together("mlp", 0, 1, distributed=False),
         "budget": {error: within_budget(rank, size, error) for error in BUDGETS},
         "refused": refused(rank, size),

@@ -59,6 +59,7 @@ def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 ZIPS = {f"zip {name}": (name, {}) for name in work.ZIPPED} | {
     "zip by activation": ("residual", {"matching": "activation", "reconstructions": 1}),
     "zip mtz": ("mlp", {"method": "mtz", "share": 0.5}),
+    "zip following": ("residual", {"follow": {"b": "a"}}),
 }
 
 

@@ -72,7 +72,9 @@ USES = {
     "planning": {"memory", "distributed", "inputs", "trace", "network", "prepare", "merging"},
     "arguments": {"errors", "network", "planning"},
     "within": {"reports", *_STAGES},
+    "follow": {"errors", "reports", "within", *_STAGES},
     "zip": {
+        "follow",
         "arguments",
         "errors",
         "inputs",

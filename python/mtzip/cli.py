@@ -137,6 +137,12 @@ def demo(data: Path | None, output: Path) -> None:
     help="refit: merged weights fitted to the original networks' activations. mtz: the paper's. average: plain mean.",
 )
 @click.option(
+    "--follow/--no-follow",
+    default=True,
+    show_default=True,
+    help="Whether a task may take over another's trunk as it is, where that keeps their outputs better than merging.",
+)
+@click.option(
     "--steps",
     metavar="COUNT",
     type=click.IntRange(min=0),
@@ -162,7 +168,7 @@ def demo(data: Path | None, output: Path) -> None:
     metavar="FILE",
     help="Where to write the zipped network, .safetensors.",
 )
-def zip_command(networks, weights, inputs, share, method, steps, batch, seed, output) -> None:
+def zip_command(networks, weights, inputs, share, method, follow, steps, batch, seed, output) -> None:
     """Zips pretrained networks, one a task, into one file."""
     if not output.parent.is_dir():
         raise click.UsageError(f"--output must be in a folder that exists, got {output}")
@@ -185,7 +191,8 @@ def zip_command(networks, weights, inputs, share, method, steps, batch, seed, ou
     for network in made.values():
         network.eval()
     calibration = {task: load_inputs(inputs[task], network) for task, network in made.items()}
-    zipped = zip_networks(made, calibration, share=_shares(share), method=method, progress=sys.stderr.isatty())
+    bars = sys.stderr.isatty()
+    zipped = zip_networks(made, calibration, share=_shares(share), method=method, follow=follow, progress=bars)
     click.echo(zipped.report)
     if steps:
         retrain(zipped, calibration, steps, batch_size=batch, seed=seed)

@@ -32,6 +32,8 @@ class Prepared:
         need: memory that zipping them takes.
         limit: bytes of activations to keep in memory, None for all.
         seconds: what tracing took.
+        sensitivities: of every task's neurons, once they are known.
+        originals: frozen copies of the networks as the caller gave them.
     """
 
     tasks: Sequence[str]
@@ -42,6 +44,7 @@ class Prepared:
     limit: int | None = None
     seconds: float = 0.0
     sensitivities: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    originals: Sequence[nn.Module] = ()
 
 
 def prepare(
@@ -71,7 +74,8 @@ def prepare(
     for task, analysis in enumerate(analyses):
         verify_axes(analysis, task, found)
     chunks = [chunks_of(analysis, batch) for analysis, batch in zip(analyses, batches, strict=True)]
-    return Prepared(tasks, analyses, found, chunks, need(analyses, chunks), None, time.perf_counter() - clock)
+    seconds, originals = time.perf_counter() - clock, [analysis.exported.network for analysis in analyses]
+    return Prepared(tasks, analyses, found, chunks, need(analyses, chunks), None, seconds, originals=originals)
 
 
 def chunks_of(analysis: Analysis, batches):

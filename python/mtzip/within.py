@@ -64,7 +64,7 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
     report.memory = {"estimate": wanted.total, "least": wanted.least, "kept": store.peak, "spilled": store.spilled}
     report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
     report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
-    originals = {name: analyses[t].exported.network for t, name in enumerate(tasks)}
+    originals = dict(zip(tasks, prepared.originals, strict=True))
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.orders = stored_orders(sweep)
     if options.keep_moments:
@@ -143,15 +143,16 @@ def output_errors(zipped: ZippedNetwork, prepared: Prepared) -> dict[str, float]
     Over the inputs of all processes, so that all take the same way through a budget.
     """
     found = {}
-    for task, analysis, chunks in zip(prepared.tasks, prepared.analyses, prepared.chunks, strict=True):
-        exported, network = analysis.exported, copy.deepcopy(zipped[task]).eval()
+    for at, (task, chunks) in enumerate(zip(prepared.tasks, prepared.chunks, strict=True)):
+        exported = prepared.analyses[at].exported
+        networks = prepared.originals[at], copy.deepcopy(zipped[task]).eval()
         pairs, taken = [], 0
         for batch in chunks:
             if taken >= own_share(ERROR_SAMPLES):
                 break
             taken += batch.size
             with torch.no_grad():
-                pairs += [zip(*(exported.outputs(n, batch) for n in (exported.network, network)), strict=True)]
+                pairs += [zip(*(exported.outputs(n, batch) for n in networks), strict=True)]
         change = variance = 0.0
         for wanted, got in (map(torch.cat, zip(*leaves, strict=True)) for leaves in zip(*pairs, strict=True)):
             wanted, got = wanted.double(), got.double()

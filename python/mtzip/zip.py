@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from .arguments import check_arguments, check_outputs
 from .distributed import Ranks, agree_, check_same, together
+from .follow import check_follow, zip_following
 from .inputs import device_of
 from .memory import bytes_of, limit_of, shown
 from .merging.options import Options
@@ -36,6 +38,7 @@ def zip_networks(
     affine: bool = True,
     damping: float | None = None,
     reconstructions: int = 0,
+    follow: bool | Mapping[str, str] = True,
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
     outputs: Mapping[str, Select] | None = None,
@@ -68,6 +71,10 @@ def zip_networks(
             positions, at least 0.001.
         reconstructions: how often the fit's target is adapted to the ReLU or max-pooling behind a layer (refit only);
             each costs a fraction of a forward pass.
+        follow: whether a task may follow another: take over the trunk of another's network as it is, its head fitted
+            to that by least squares, where this keeps the outputs of all tasks together better than merging the
+            trunks (refit only). Networks trained apart for one task are like that. They must be one graph and take
+            inputs of one form. A mapping, ``{"b": "a"}``, says who follows whom; the report has who did.
         samples: most calibration samples to take from each task; None takes all there are.
             Convolutions with many positions a sample take their moments from the first few hundred of them.
         correspondence: which layers answer to each other, where the graphs walked in parallel say it otherwise: a
@@ -99,6 +106,7 @@ def zip_networks(
     """
     check_arguments(networks, inputs, share, method, matching, damping, reconstructions, samples)
     check_outputs(outputs, networks)
+    check_follow(follow, networks, method)
     allowed = bytes_of(memory)
     ranks = Ranks(distributed)
     settings = (
@@ -109,6 +117,7 @@ def zip_networks(
         affine,
         damping,
         reconstructions,
+        follow,
         correspondence,
         _named(outputs),
     )
@@ -124,18 +133,22 @@ def zip_networks(
     bars = progress and ranks.rank == 0
     options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments)
     with together(ranks):
-        if isinstance(share, Budget):
-            result = within(share, prepared, networks, options)
-        else:
-            counts = share.counts if isinstance(share, Plan) else share
-            options.counts = counts_of(counts, prepared.correspondence.axes)
-            result = zip_prepared(prepared, networks, options)
-            if isinstance(share, Plan):
-                note_plan(result, share)
+        make = partial(_make, share, options)
+        result = zip_following(make, prepared, networks, follow if method == "refit" else False, share)
     result.outputs = {task: select for task, select in (outputs or {}).items() if select is not None}
     orders = {task: {path: o.tolist() for path, o in paths.items()} for task, paths in result.orders.items()}
     agree_(ranks, result, repr((result.layouts(), orders)))
     return result
+
+
+def _make(share, options: Options, prepared: Prepared, networks: Mapping[str, nn.Module]) -> ZippedNetwork:
+    """The zip that ``share`` asks for."""
+    if isinstance(share, Budget):
+        return within(share, prepared, networks, options)
+    counts = share.counts if isinstance(share, Plan) else share
+    options.counts = counts_of(counts, prepared.correspondence.axes)
+    result = zip_prepared(prepared, networks, options)
+    return note_plan(result, share) if isinstance(share, Plan) else result
 
 
 def plan(

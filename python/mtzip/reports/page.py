@@ -102,7 +102,9 @@ def page(
 def _head(report: Report, stored: Stored | None) -> str:
     tasks = " + ".join(text(task) for task in report.tasks) or "no tasks"
     where = f" · {text(os.path.basename(stored.file))}" if stored else ""
-    return f'<header><h1>{tasks}</h1><p class="soft">zipped with method {text(report.method)}{where}</p></header>'
+    follows = "; ".join(f"{text(task)} has the trunk of {text(leader)}" for task, leader in report.follows.items())
+    how = f"zipped with method {text(report.method)}" + (f", {follows}" if follows else "")
+    return f'<header><h1>{tasks}</h1><p class="soft">{how}{where}</p></header>'
 
 
 def _tiles(report: Report, stored: Stored | None) -> str:

@@ -84,6 +84,7 @@ class Report:
             may be, the most of activations that was "kept" in memory, and what was "spilled" to disk.
         retraining: task to its loss over the steps of the last :func:`mtzip.retrain`, thinned out to ``CURVE`` values.
         retraining_steps: how many steps those were.
+        follows: task to the one whose trunk it has taken over, instead of sharing one merged of both.
         errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``: yours to set, kept
             in the file.
     """
@@ -102,6 +103,7 @@ class Report:
     retraining: dict[str, Sequence[float]] = field(default_factory=dict)
     retraining_steps: int = 0
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    follows: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -135,7 +137,8 @@ class Report:
         Args:
             path: the file, usually ``.html``.
             history: what :func:`mtzip.retrain` returned, for its curves at every step; None for those of the report.
-            errors: stage to task to test error; None for those of the report.
+            follows: task to the one whose trunk it has taken over, instead of sharing one merged of both.
+        errors: stage to task to test error; None for those of the report.
 
         Raises:
             OSError: the file cannot be written.
@@ -161,7 +164,8 @@ class Report:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
         if isinstance(data, Mapping):
-            data = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, **data}  # not in earlier files
+            empty = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, "follows": {}}
+            data = empty | dict(data)  # not in earlier files
         values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
@@ -211,6 +215,7 @@ _REPORT = schema.fields(
         "retraining": schema.mapping(schema.listing(schema.number)),
         "retraining_steps": schema.count,
         "errors": schema.mapping(_NUMBERS),
+        "follows": schema.mapping(schema.text),
     }
 )
 

@@ -15,6 +15,8 @@ WIDTH = 110  # of the list of what stayed private
 def table(report: Report) -> str:
     """Axes, layers and totals as aligned columns, then what stayed private and why."""
     parts = [_headline(report)]
+    if report.follows:
+        parts.append(_follows(report))
     if report.axes:
         parts.append(_axes(report))
     if report.layers:
@@ -34,6 +36,16 @@ def _headline(report: Report) -> str:
     tasks = " + ".join(report.tasks) or "no tasks"
     stored = f"{report.parameters_after:,} parameters stored of {report.parameters_before:,} ({report.ratio:.1%})"
     return f"{tasks}, method {report.method}: {stored}"
+
+
+def _follows(report: Report) -> str:
+    """Which tasks have another's trunk."""
+    lines = []
+    for task, leader in report.follows.items():
+        error = report.output_error.get(task)
+        measured = "" if error is None else f" (output error {error:.3g})"
+        lines.append(f"{task} follows {leader}: it has the trunk of {leader}, its head fitted to that{measured}")
+    return "\n".join(lines)
 
 
 def _plan(report: Report) -> str:

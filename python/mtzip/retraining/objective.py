@@ -175,7 +175,7 @@ def objectives_of(
             task,
             loss.get(task) if isinstance(loss, Mapping) else loss,
             _teacher(teachers.get(task), like),
-            distill != "features",
+            distill != "features" or not orders.get(task),  # a task without neurons to compare imitates its outputs
             {path: order.to(like.device) for path, order in orders.get(task, {}).items()},
             distillation,
             temperature,

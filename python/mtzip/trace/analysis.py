@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from . import rules
 from .axes import Axes, Dim
 from .export import Exported
-from .layers import Layer, Norm, Note, settings_of
+from .layers import OUTPUT, Layer, Norm, Note, settings_of
 from .rules.registry import where
 
 __all__ = ["Analysis", "Layer", "Norm", "Note"]
@@ -42,6 +44,12 @@ class Analysis:
                 break
             self._choices.update(fixed)
         self._finish()
+
+    def of(self, network: nn.Module) -> Analysis:
+        """The analysis of the same graph with the weights of ``network``, a frozen copy in evaluation mode."""
+        new = copy.copy(self)
+        new.exported = replace(self.exported, network=network)
+        return new
 
     def _walk(self) -> None:
         self.axes = Axes()
@@ -248,7 +256,7 @@ class Analysis:
                 self._dims[node.name] = self._input(node)
         elif node.op == "output":
             for arg in node.all_input_nodes:
-                self._pin_all(arg, "it is an output of the network")
+                self._pin_all(arg, OUTPUT)
         elif node.op == "call_function" and not _is_plumbing(node):
             self._dims[node.name] = self._apply(node)
 

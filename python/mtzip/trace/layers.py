@@ -9,6 +9,9 @@ from torch import fx
 
 from .axes import Dim
 
+#: Why a head stays private.
+OUTPUT = "it is an output of the network"
+
 
 @dataclass
 class Layer:

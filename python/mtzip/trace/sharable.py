@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .analysis import Analysis, Note
+from .layers import OUTPUT
 
 
 @dataclass
@@ -51,7 +52,7 @@ def sharable(analysis: Analysis) -> Sharable:
         reason = layer.private or axes.why_pinned(segments)
         if free == size:
             continue
-        if reason == "it is an output of the network" or layer.weight in analysis.tables:
+        if reason == OUTPUT or layer.weight in analysis.tables:
             result.heads += size - free
             result.notes.append(Note(layer.name, reason))
         else:
