@@ -222,7 +222,7 @@ def test_inputs_of_another_form_cannot_follow():
 
 def test_few_samples_follow_only_if_they_can_be_held_apart():
     networks, data = pair(small), inputs(INPUTS, count=3)
-    with pytest.raises(ValueError, match="'b' cannot follow 'a'.*expected 4 samples"):
+    with pytest.raises(ValueError, match=r"'b' cannot follow 'a'.*expected 4 samples"):
         zip_pair(networks, data, follow={"b": "a"})
     assert zip_pair(networks, data).report.follows == {}
 

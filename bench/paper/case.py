@@ -31,6 +31,8 @@ class Case:
         calibration: unlabelled training images a task.
         shift: pixels that training images are moved by, at most.
         flips: tasks whose training images are mirrored half of the time.
+        labels: whether retraining sees the labels beside the originals' outputs.
+        recipe: what :func:`mtzip.retrain` is told beside data, steps, teachers and seed.
         rate: peak learning rate where a network is trained from scratch.
         seeds: of calibration images, retraining, and initial weights.
     """
@@ -45,6 +47,8 @@ class Case:
     calibration: int = 2000
     shift: int = 0
     flips: tuple[str, ...] = ()
+    labels: bool = True
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 0.05
     seeds: tuple[int, ...] = field(default=(0,))
 
@@ -55,9 +59,9 @@ class Case:
             for at, (name, task) in enumerate(self.tasks.items())
         }
 
-    def loaders(self) -> dict[str, Batches]:
-        """Task to labelled training batches without test images."""
-        return {name: Batches(task, self.shift, name in self.flips) for name, task in self.tasks.items()}
+    def loaders(self, labels: bool) -> dict[str, Batches]:
+        """Task to training batches without test images."""
+        return {name: Batches(task, self.shift, name in self.flips, labels=labels) for name, task in self.tasks.items()}
 
 
 class Batches:
@@ -66,21 +70,22 @@ class Batches:
     Drawn from torch's global generator, which :func:`mtzip.retrain` seeds.
     """
 
-    def __init__(self, task: Task, shift: int = 0, flip: bool = False, size: int = BATCH):
+    def __init__(self, task: Task, shift: int = 0, flip: bool = False, size: int = BATCH, labels: bool = True):
         if shift < 0 or len(task.train_images) < size:
             raise ValueError(
                 f"a task needs shift >= 0 and {size} training images, got {shift} and {len(task.train_images)}; "
                 "ask for smaller batches"
             )
-        self.task, self.shift, self.flip, self.size = task, shift, flip, size
+        self.task, self.shift, self.flip, self.size, self.labels = task, shift, flip, size, labels
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.task.train_labels))
         for chosen in order[: len(order) // self.size * self.size].split(self.size):
             images = self.task.train_images[chosen]
             if self.flip:
                 images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
-            yield moved(images, self.shift), self.task.train_labels[chosen]
+            images = moved(images, self.shift)
+            yield (images, self.task.train_labels[chosen]) if self.labels else images
 
 
 def moved(images: Tensor, most: int) -> Tensor:

@@ -33,11 +33,13 @@ class Method:
         make: from case, calibration images and seed to the network before retraining.
         retrain: what :func:`mtzip.retrain` is told beside data, steps, teachers and seed; called with the case.
         before: whether the network is worth measuring before retraining.
+        labels: whether it cannot do without labels.
     """
 
     make: Callable[[Case, Images, int], mtzip.ZippedNetwork]
     retrain: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
     before: bool = True
+    labels: bool = False
 
 
 def zipped(
@@ -127,15 +129,16 @@ def _scratch_recipe(case: Case) -> dict[str, Any]:
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, case.rate, total_steps=case.steps + 1, pct_start=0.2)
 
-    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train"}
+    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train", "lr": None}
 
 
 METHODS: dict[str, Method] = {
     "originals": Method(originals, before=True),
     "mtzip": Method(zipped()),
+    "merged": Method(zipped(follow=False)),
     "average": Method(zipped(method="average")),
     "permuted": Method(permuted),
-    "from scratch": Method(from_scratch, _scratch_recipe, before=False),
+    "from scratch": Method(from_scratch, _scratch_recipe, before=False, labels=True),
     "pruned": Method(pruned_apart),
     # Ablations: one idea changed at a time.
     "no refit": Method(zipped(method="mtz")),
@@ -148,11 +151,13 @@ METHODS: dict[str, Method] = {
     "damping 1e-3": Method(zipped(damping=1e-3)),
     "damping 1e-1": Method(zipped(damping=1e-1)),
     "reconstruction": Method(zipped(reconstructions=1)),
-    "no distillation": Method(zipped(), lambda case: {"teachers": {}}),
+    "no distillation": Method(zipped(), lambda case: {"teachers": {}}, labels=True),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
 }
 #: For a part of the neurons only: everything shared leaves nothing to plan.
+#: A trunk merged of all tasks', whatever would be better.
+MERGED = "merged"
 PLANNING = ("mtzip", "planned")
 METHODS["planned"] = Method(planned)
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
-ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING))
+ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, MERGED))

@@ -38,8 +38,9 @@ def rows(case: Case) -> Iterator[Row]:
             if method.before or not case.steps:
                 _measure(stages.setdefault(0, _Stage()), zipped, case, time.perf_counter() - start)
             if case.steps and name != "originals":
-                settings = {"teachers": case.networks, **method.retrain(case)}
-                mtzip.retrain(zipped, case.loaders(), case.steps, seed=seed, **settings)
+                settings = {"teachers": case.networks, **case.recipe, **method.retrain(case)}
+                loaders = case.loaders(case.labels or method.labels)
+                mtzip.retrain(zipped, loaders, case.steps, seed=seed, **settings)
                 _measure(stages.setdefault(case.steps, _Stage()), zipped, case, time.perf_counter() - start)
         for steps, stage in stages.items():
             after = measure.mean_of(stage.found)
