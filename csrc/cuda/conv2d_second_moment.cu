@@ -13,7 +13,8 @@ namespace mtz::cuda {
 namespace {
 
 constexpr int kSide = 64;
-constexpr Index kRun = 128, kEnoughBlocks = 512;
+constexpr int kRun = 128;
+constexpr Index kEnoughBlocks = 512;
 
 template <class S>
 constexpr int kDepth = 128 / sizeof(S);
@@ -46,6 +47,7 @@ struct PatchColumn {
 template <class In>
 struct Patches {
     using Element = In;
+    static constexpr bool kWords = false;
     const Conv2dSecondMomentArgs& g;
     const PatchRow* rows;  // [kSide], in shared memory
     Index first_channel;
@@ -61,8 +63,6 @@ struct Patches {
         const bool inside = row.offset != kNoRow && y >= 0 && y < g.height && x >= 0 && x < g.width;
         return inside ? static_cast<const In*>(g.x) + column.offset + row.offset : nullptr;
     }
-    __device__ __forceinline__ bool whole_words() const { return false; }
-
     static constexpr Index kNoRow = INT64_MIN;
 };
 
@@ -95,44 +95,45 @@ __device__ __forceinline__ void add_exactly(S x, S& total, S& lost) {
 
 // Tiles of the upper triangle; with several slices into `sums` [slices, groups, side, side], else into the result.
 template <class In, class S>
-__global__ void __launch_bounds__(kTileThreads) patches_kernel(Conv2dSecondMomentArgs g, Plan plan, double* sums) {
+__global__ void __launch_bounds__(kTileThreads)
+    patches_kernel(Index first_block, Conv2dSecondMomentArgs g, Plan plan, double* sums) {
     using Tile = Tile<S, 4, kDepth<S>>;
     SharedMemory memory;
-    S* shared = memory.take<S>(4 * Tile::kSize);
+    const Pieces<In, S, Tile> shared(memory);
     PatchRow* rows_a = memory.take<PatchRow>(kSide);
     PatchRow* rows_b = memory.take<PatchRow>(kSide);
     const Index per_slice = plan.tiles * plan.tiles, per_group = per_slice * plan.slices;
-    for (Index block = blockIdx.x; block < g.groups * per_group; block += gridDim.x) {
-        const Index group = block / per_group, slice = block % per_group / per_slice;
-        const Index i0 = block % per_slice / plan.tiles * kSide, j0 = block % plan.tiles * kSide;
-        if (i0 > j0) continue;
-        // (the tables of the tile before were last read before its last barrier)
-        find_rows<In>(g, plan.side, i0, rows_a);
-        find_rows<In>(g, plan.side, j0, rows_b);
-        sync_block();
-        const Index first_channel = group * (g.channels / g.groups);
-        S total[4][4] = {}, lost[4][4] = {};
-        sum_over_rows<Product, S, S, 4, kDepth<S>>(
-            Patches<In>{g, rows_a, first_channel}, Patches<In>{g, rows_b, first_channel}, slice * plan.length,
-            smaller(plan.positions, (slice + 1) * plan.length), kRun, shared, [&](const S(&sum)[4][4], bool) {
+    const Index block = first_block + blockIdx.x, group = block / per_group, slice = block % per_group / per_slice;
+    const Index i0 = block % per_slice / plan.tiles * kSide, j0 = block % plan.tiles * kSide;
+    if (i0 > j0) return;
+    find_rows<In>(g, plan.side, i0, rows_a);
+    find_rows<In>(g, plan.side, j0, rows_b);
+    sync_block();
+    const Index first_channel = group * (g.channels / g.groups);
+    const Patches<In> a{g, rows_a, first_channel}, b{g, rows_b, first_channel};
+    S total[4][4] = {}, lost[4][4] = {};
+    sum_over_rows<Product, kRun, S, S, 4, kDepth<S>>(a, b, slice * plan.length,
+                                                     smaller(plan.positions, (slice + 1) * plan.length), shared,
+                                                     [&](const S(&sum)[4][4], int) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r)
+                                                         for (int r = 0; r < 4; ++r)
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) add_exactly(sum[r][c], total[r][c], lost[r][c]);
-            });
+                                                             for (int c = 0; c < 4; ++c)
+                                                                 add_exactly(sum[r][c], total[r][c], lost[r][c]);
+                                                     });
+    const int thread = int(threadIdx.x);
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
+    for (int r = 0; r < 4; ++r)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const Index i = i0 + Tile::down() + 16 * r, j = j0 + Tile::across() + 16 * c;
-                if (i > j || j >= plan.side) continue;
-                const double value = double(total[r][c]) + double(lost[r][c]);
-                if (plan.slices > 1)
-                    sums[((slice * g.groups + group) * plan.side + i) * plan.side + j] = value;
-                else
-                    write<S>(g, plan.side, group, i, j, value);
-            }
-    }
+        for (int c = 0; c < 4; ++c) {
+            const Index i = i0 + Tile::down(thread) + 16 * r, j = j0 + Tile::across(thread) + 16 * c;
+            if (i > j || j >= plan.side) continue;
+            const double value = double(total[r][c]) + double(lost[r][c]);
+            if (plan.slices > 1)
+                sums[((slice * g.groups + group) * plan.side + i) * plan.side + j] = value;
+            else
+                write<S>(g, plan.side, group, i, j, value);
+        }
 }
 
 // The slices added up; zero without any.
@@ -183,16 +184,14 @@ template <class In, class S>
 Status run(const Conv2dSecondMomentArgs& g, void* workspace, void* stream) {
     const Plan plan(g);
     double* sums = Workspace(workspace).take<double>(plan.sums() * g.groups * plan.side * plan.side);
-    const std::size_t shared = SharedSize()
-                                   .add(sizeof(S), 4 * Tile<S, 4, kDepth<S>>::kSize)
-                                   .add(sizeof(PatchRow), kSide)
-                                   .add(sizeof(PatchRow), kSide)
-                                   .bytes();
+    SharedSize shared;
+    Pieces<In, S, Tile<S, 4, kDepth<S>>>::count(shared);
+    shared.add(sizeof(PatchRow), kSide).add(sizeof(PatchRow), kSide);
     Status status;
     if (failed(status, launch_over(clear_kernel, 1, 32, stream, g.status)) ||
         failed(status, launch_over(check_kernel<In>, g.samples * g.channels * g.height * g.width, 256, stream, g)) ||
-        failed(status, launch(patches_kernel<In, S>, g.groups * plan.tiles * plan.tiles * plan.slices, kTileThreads,
-                              shared, stream, false, g, plan, sums)))
+        failed(status, launch_in_turn(patches_kernel<In, S>, g.groups * plan.tiles * plan.tiles * plan.slices,
+                                      kTileThreads, shared.bytes(), stream, g, plan, sums)))
         return status;
     if (plan.slices != 1)
         failed(status, launch_over(add_slices_kernel<S>, g.groups * plan.side * plan.side, 256, stream, g, plan, sums));

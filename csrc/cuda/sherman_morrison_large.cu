@@ -11,7 +11,7 @@ namespace mtz::cuda {
 namespace {
 
 constexpr int K = 64, kThreads = 256;
-constexpr Index kSlice = 256;  // inner dimension of a product
+constexpr int kSlice = 256;  // inner dimension of a product
 
 template <class T>
 struct Large {
@@ -84,27 +84,29 @@ static_assert(Tile4::kSide == K, "a tile is a block of vectors high");
 // partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[j, i]
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) multiply_kernel(Large<T> w) {
-    T* shared = SharedMemory().take<T>(4 * Tile<T, 4, 16>::kSize);
+    SharedMemory memory;
+    const Pieces<T, T, Tile<T, 4, 16>> shared(memory);
     const ShermanMorrisonArgs& g = w.g;
     const Index tiles = ceil_div(g.d, K);
     for (Index block = blockIdx.x; block < g.batch * tiles * w.slices; block += gridDim.x) {
         const Index p = block / (tiles * w.slices), slice = block / tiles % w.slices, j0 = block % tiles * K;
         if (w.skipped(p)) continue;
         const Rows<T> y{w.y + p * K * w.pitch, w.pitch, 1, K};
-        const Rows<T> matrix{w.inverse(p) + j0 * g.inverse_row_stride, g.inverse_row_stride, 1, g.d - j0};
+        const Rows<T> matrix{w.inverse(p) + j0 * g.inverse_row_stride, g.inverse_row_stride, 1,
+                             int(smaller(K, g.d - j0))};
         T* to = w.partial + (slice * g.batch + p) * K * w.pitch + j0;
         sync_block();
-        sum_over_rows<Product, T, T, 4, 16>(y, matrix, slice * kSlice, smaller(g.d, (slice + 1) * kSlice), kSlice,
-                                            shared, [&](const T(&sum)[4][4], bool) {
+        sum_over_rows<Product, kSlice, T, T, 4, 16>(y, matrix, slice * kSlice, smaller(g.d, (slice + 1) * kSlice),
+                                                    shared, [&](const T(&sum)[4][4], int) {
 #pragma unroll
-                                                for (int r = 0; r < 4; ++r)
+                                                        for (int r = 0; r < 4; ++r)
 #pragma unroll
-                                                    for (int c = 0; c < 4; ++c) {
-                                                        const int q = Tile4::down() + 16 * r,
-                                                                  j = Tile4::across() + 16 * c;
-                                                        if (j0 + j < g.d) to[q * w.pitch + j] = sum[r][c];
-                                                    }
-                                            });
+                                                            for (int c = 0; c < 4; ++c) {
+                                                                const int q = Tile4::down(int(threadIdx.x)) + 16 * r,
+                                                                          j = Tile4::across(int(threadIdx.x)) + 16 * c;
+                                                                if (j0 + j < g.d) to[q * w.pitch + j] = sum[r][c];
+                                                            }
+                                                    });
     }
 }
 
@@ -221,23 +223,23 @@ __global__ void __launch_bounds__(K) solve_kernel(Large<T> w) {
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) update_kernel(Large<T> w) {
     SharedMemory memory;
-    T* shared = memory.take<T>(4 * Tile<T, 4, 16>::kSize);
+    const Pieces<T, T, Tile<T, 4, 16>> shared(memory);
     T* stage = memory.take<T>(K * (K + 1));
     const ShermanMorrisonArgs& g = w.g;
     const Index tiles = ceil_div(g.d, K), row = g.inverse_row_stride;
     for (Index block = blockIdx.x; block < g.batch * tiles * tiles; block += gridDim.x) {
         const Index p = block / (tiles * tiles), i0 = block / tiles % tiles * K, j0 = block % tiles * K;
         if (i0 > j0 || w.skipped(p)) continue;
-        const Rows<T> a{w.minus + (p * g.d + i0) * K, K, 1, g.d - i0};
-        const Rows<T> b{w.vt + (p * g.d + j0) * K, K, 1, g.d - j0};
+        const Rows<T> a{w.minus + (p * g.d + i0) * K, K, 1, int(smaller(K, g.d - i0))};
+        const Rows<T> b{w.vt + (p * g.d + j0) * K, K, 1, int(smaller(K, g.d - j0))};
         T *tile = w.inverse(p) + i0 * row + j0, *mirror = w.inverse(p) + j0 * row + i0;
         sync_block();
-        sum_over_rows<Product, T, T, 4, 16>(a, b, 0, K, K, shared, [&](const T(&sum)[4][4], bool) {
+        sum_over_rows<Product, K, T, T, 4, 16>(a, b, 0, K, shared, [&](const T(&sum)[4][4], int) {
 #pragma unroll
             for (int r = 0; r < 4; ++r)
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    const int i = Tile4::down() + 16 * r, j = Tile4::across() + 16 * c;
+                    const int i = Tile4::down(int(threadIdx.x)) + 16 * r, j = Tile4::across(int(threadIdx.x)) + 16 * c;
                     if (i < a.count && j < b.count && i0 + i <= j0 + j)
                         stage[i * (K + 1) + j] = tile[i * row + j] += sum[r][c];
                 }
@@ -264,11 +266,12 @@ Status update_large(const ShermanMorrisonArgs& g, void* workspace, void* stream)
     Workspace space(workspace);
     const Large<T> w(g, space);
     const Index tiles = ceil_div(g.d, K);
-    const std::size_t pieces = SharedSize().add(sizeof(T), 4 * Tile<T, 4, 16>::kSize).bytes();
+    SharedSize sized;
+    Pieces<T, T, Tile<T, 4, 16>>::count(sized);
+    const std::size_t pieces = sized.bytes();
     const std::size_t factor = SharedSize().add(sizeof(double), K * (K + 1)).add(sizeof(double), 3 * K).bytes();
     const std::size_t solve = SharedSize().add(sizeof(T), K * K).add(sizeof(T), K).bytes();
-    const std::size_t update =
-        SharedSize().add(sizeof(T), 4 * Tile<T, 4, 16>::kSize).add(sizeof(T), K * (K + 1)).bytes();
+    const std::size_t update = sized.add(sizeof(T), K * (K + 1)).bytes();
     Status status;
     if (failed(status, find_vector_order(g, w.order, stream))) return status;
     if (w.copy && failed(status, launch_over(copy_kernel<T>, g.batch * g.d * g.d, 256, stream, w, false)))
