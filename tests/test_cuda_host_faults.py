@@ -15,6 +15,7 @@ from tests.cuda_host.host import SCHEDULES
 from tests.test_cuda_host import (
     CONVOLUTIONS,
     LARGE,
+    SHIFTED,
     SMALL,
     afresh,
     assert_within,
@@ -76,8 +77,18 @@ def probe_moments(session, schedule):
     assert host.conv2d_second_moment(session, x, (3, 3), (2, 2), (0, 0), (1, 1), 1, schedule)[1] == 1
 
 
+def probe_shifts(session, schedule):
+    for case in (SHIFTED[1], SHIFTED[3], SHIFTED[6]):
+        check_moment(session, normal(*case[:4]), case[4:], schedule)
+    x = normal(2, 40, 3, 4)
+    x[1, 39, 2, 3] = np.nan
+    out, status = host.conv2d_second_moment(session, x, (3, 3), (1, 1), (1, 1), (1, 1), 1, schedule)
+    assert status == 1 and np.isnan(out).all()
+
+
 ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
-MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment.cu"
+MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
+SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
 MIRRORING = "\n        for (int e = int(threadIdx.x); e < K * K; e += kTile"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
@@ -139,6 +150,39 @@ FAULTS = {
         "columns beyond the end are written": (MOMENTS, "if («i > j || j >= plan.side») continue;", "i > j"),
         "the last positions are left out": (MOMENTS, "smaller(«plan.positions», (slice", "plan.positions / 8 * 8"),
         "the last values are not checked": (MOMENTS, "«e < count»" + CHECKING, "e < count / 256 * 256"),
+    },
+    probe_shifts: {
+        "no barrier in a strip": (SHIFTS, "«sync_block();»\n    for (int k = row", ""),
+        "no barrier before a piece is used": (SHIFTS, "«sync_block();»  // this piece is there", ""),
+        "copies not waited for": (SHIFTS, "«copy_async_wait<0>();»", "copy_async_wait<1>();"),
+        "one position too many": (SHIFTS, "inside = «k + k_mine < count»;", "k + k_mine <= count"),
+        "no zeros behind a row": (SHIFTS, "width = g.width + «g.kernel[1] - 1»;", "0"),
+        "no zeros below a sample": (SHIFTS, "sample = (g.height + «g.kernel[0] - 1») * width;", "0"),
+        "no zeros in front": (SHIFTS, "before = «(g.kernel[0] - 1) * width + g.kernel[1] - 1»;", "0"),
+        "no zeros at the end": (SHIFTS, "before + g.samples * sample + «g.kernel[1] - 1»;", "0"),
+        "rows are not changed": (SHIFTS, "if (x >= nx) «x -= nx, ++y;»", "x -= nx;"),
+        "samples are not changed": (SHIFTS, "if (y >= ny) «y -= ny, ++sample;»", "y -= ny;"),
+        "corners are taken away": (SHIFTS, "value += «(py == 0) == (px == 0)» ?", "py + px == 0"),
+        "border lines behind are forgotten": (SHIFT_PLAN, "if («q < from || q >= to») parts", "q < from"),
+        "border lines in front are forgotten": (SHIFT_PLAN, "from = «start > low ? start : low»,", "low"),
+        "one slice is not added up": (SHIFTS, "slice < («sliced ? w.slices : 1»); ++slice", "1"),
+        "another slot": (
+            SHIFTS,
+            "«Index(in_y - y.long_spans) * x.spans + in_x»;",
+            "Index(in_y - y.long_spans) * x.long_spans + in_x",
+        ),
+        "a tile with itself is not turned": (SHIFTS, "(«i == j && row % offsets > column % offsets»)", "false"),
+        "columns beyond the end are written": (
+            SHIFTS,
+            "«column < tile && to_column + column < side»; column",
+            "column < tile",
+        ),
+        "not finite values stay where they are": (SHIFTS, "S(«bad ? kNaN : value»)", "value"),
+        "the last channels are not packed": (
+            SHIFTS,
+            "if («inside && c0 + c < w.channels»)",
+            "inside && c0 + c < w.channels / 4 * 4",
+        ),
     },
 }
 ALL = [fault for of_probe in FAULTS.values() for fault in of_probe.values()]
