@@ -152,7 +152,7 @@ def test_inverses_of_awkward_sizes(sized_session, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_inverses_of_batches_and_weights(sized_session, schedule):
     rng = np.random.default_rng(0)
-    for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70)]:
+    for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70), (1, 300, 2)]:  # 300: two slices
         weight = rng.uniform(0.1, 2, (batch, k))
         check_update(sized_session, batch, d, k, "float32", schedule, weight)
     inverse, vectors = damped_inverse(3, 40), 0.3 * normal(3, 20, 40, seed=1)

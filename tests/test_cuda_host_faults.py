@@ -52,6 +52,7 @@ def probe_inverses(session, schedule):
 
 def probe_large_inverses(session, schedule):
     check_update(session, 2, 99, 3, "float32", schedule)
+    check_update(session, 1, 300, 2, "float32", schedule)
     inverse, vectors, weight = damped_inverse(2, 70), normal(2, 70, 70, seed=1), np.ones((2, 70))
     weight[1, 69] = -100
     got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
@@ -90,7 +91,7 @@ ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
 MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
-MIRRORING = "\n        for (int e = int(threadIdx.x); e < K * K; e += kTile"
+MIRRORING = "\n    for (int e = int(threadIdx.x); e < K * K; e += kTile"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
 CHECKING = "; e += Index(gridDim.x) * blockDim.x) {\n        const Index x"
@@ -110,7 +111,7 @@ FAULTS = {
             "raw)[«w * kTileThreads + thread»]",
             "w * kTileThreads + (thread ^ 1)",
         ),
-        "shared memory too small": (ROWS, "take<In>(«2 * kRaw»)", "2 * kRaw - 1"),
+        "shared memory too small": (ROWS, "take<In>(«kRawB»)", "kRawB - 1"),
         "columns beyond the end are written": (DISTANCES, "if («16 * c < here») row", "i < a.count"),
         "runs are not added up": (DISTANCES, "first = «k < kRun»;", "true"),
         "the last columns are left out": (DISTANCES, "smaller(«g.d», (slice + 1) * plan.columns)", "g.d / 4 * 4"),
@@ -127,9 +128,15 @@ FAULTS = {
     probe_large_inverses: {
         "no barrier before mirroring": (LARGE_INVERSES, "«sync_block();»" + MIRRORING, ""),
         "columns beyond the end are solved": (LARGE_INVERSES, "«j >= g.d || w.skipped(p)»", "w.skipped(p)"),
+        "no barrier before the tile is read": (LARGE_INVERSES, "«sync_block();»\n#pragma unroll 4", ""),
+        "no barrier between columns": (LARGE_INVERSES, "«sync_block();»  // this column is there", ""),
+        "the next column too late": (LARGE_INVERSES, "if («k == j + 1») next", "k == j + 2"),
+        "the upper half of L is solved with": (LARGE_INVERSES, "if («e % K >= e / K») l[e]", "e % K < e / K"),
+        "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
+        "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel<T, WordRows>", "true"),
         "half of a warp is not summed": (LARGE_INVERSES, "int mask = «kWarp / 2»", "kWarp / 4"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "the last rows are left out": (LARGE_INVERSES, "slice * kSlice, smaller(«g.d», (slice", "g.d / 4 * 4"),
+        "the last rows are left out": (LARGE_INVERSES, "slice * w.length, smaller(«g.d», (slice", "g.d / 4 * 4"),
     },
     probe_matching: {
         "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),

@@ -87,9 +87,9 @@ __device__ __forceinline__ void write(const Conv2dSecondMomentArgs& g, Index sid
 template <class In, class S>
 __global__ void __launch_bounds__(kTileThreads)
     patches_kernel(Index first_block, Conv2dSecondMomentArgs g, Plan plan, double* sums) {
-    using Tile = Tile<S, 4, kDepth<S>>;
+    using Tile = Tile<S, 4, 4, kDepth<S>>;
     SharedMemory memory;
-    const Pieces<In, S, Tile> shared(memory);
+    const Pieces<In, Tile> shared(memory);
     PatchRow* rows_a = memory.take<PatchRow>(kSide);
     PatchRow* rows_b = memory.take<PatchRow>(kSide);
     const Index per_slice = plan.tiles * plan.tiles, per_group = per_slice * plan.slices;
@@ -101,22 +101,21 @@ __global__ void __launch_bounds__(kTileThreads)
     sync_block();
     const Index first_channel = group * (g.channels / g.groups);
     const Patches<In> a{g, rows_a, first_channel}, b{g, rows_b, first_channel};
-    S total[4][4] = {}, lost[4][4] = {};
-    sum_over_rows<Product, kRun, S, S, 4, kDepth<S>>(a, b, slice * plan.length,
-                                                     smaller(plan.positions, (slice + 1) * plan.length), shared,
-                                                     [&](const S(&sum)[4][4], int) {
+    S sum[4][4] = {}, total[4][4] = {}, lost[4][4] = {};
+    sum_over_rows<Product, kRun, Tile>(a, b, slice * plan.length, smaller(plan.positions, (slice + 1) * plan.length),
+                                       shared, sum, [&](int) {
 #pragma unroll
-                                                         for (int r = 0; r < 4; ++r)
+                                           for (int r = 0; r < 4; ++r)
 #pragma unroll
-                                                             for (int c = 0; c < 4; ++c)
-                                                                 add_exactly(sum[r][c], total[r][c], lost[r][c]);
-                                                     });
+                                               for (int c = 0; c < 4; ++c)
+                                                   add_exactly(sum[r][c], total[r][c], lost[r][c]);
+                                       });
     const int thread = int(threadIdx.x);
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const Index i = i0 + Tile::down(thread) + 16 * r, j = j0 + Tile::across(thread) + 16 * c;
+            const Index i = i0 + tile_row(thread) + 16 * r, j = j0 + tile_column(thread) + 16 * c;
             if (i > j || j >= plan.side) continue;
             const double value = double(total[r][c]) + double(lost[r][c]);
             if (plan.slices > 1)
@@ -167,7 +166,7 @@ Status moment_by_patches(const Conv2dSecondMomentArgs& g, void* workspace, void*
     const Plan plan(g);
     double* sums = Workspace(workspace).take<double>(plan.sums() * g.groups * plan.side * plan.side);
     SharedSize shared;
-    Pieces<In, S, Tile<S, 4, kDepth<S>>>::count(shared);
+    Pieces<In, Tile<S, 4, 4, kDepth<S>>>::count(shared);
     shared.add(sizeof(PatchRow), kSide).add(sizeof(PatchRow), kSide);
     Status status;
     if (failed(status, launch_over(check_kernel<In>, g.samples * g.channels * g.height * g.width, 256, stream, g)) ||

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kTermThreads<S>, sizeof(S) == 4 ? 3 : 1)
         copy_async_commit();
         walk.step();
     };
-    const int tx = Tile<S, 4, 16>::across(thread), ty = Tile<S, 4, 16>::down(thread);
+    const int tx = tile_column(thread), ty = tile_row(thread);
     S sum[RA][RB] = {}, total[RA][RB] = {}, lost[RA][RB] = {};
     if (count > 0) start(0);
     for (int k = 0; k < count; k += kDepth) {

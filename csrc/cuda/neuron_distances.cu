@@ -36,26 +36,27 @@ struct Plan {
 template <template <class> class Source, class In, class S, class T, class Out, int R, int Depth>
 __global__ void __launch_bounds__(kTileThreads, Source<In>::kWords ? 2 : 1)
     distances_kernel(Index first_block, NeuronDistancesArgs g, Plan plan, Out* to) {
-    using Tile = Tile<S, R, Depth>;
+    using Tile = Tile<S, R, R, Depth>;
     SharedMemory memory;
-    const Pieces<In, S, Tile> shared(memory);
+    const Pieces<In, Tile> shared(memory);
     const Index per_slice = plan.down * plan.across, per_matrix = per_slice * plan.slices;
     const Index block = first_block + blockIdx.x, p = block / per_matrix, slice = block % per_matrix / per_slice;
     // bands of 8 rows of tiles, down first, so that neighbouring blocks share both operands in the cache
     const Index tile = block % per_slice, band = tile / (8 * plan.across), high = smaller(8, plan.down - 8 * band);
     const Index within = tile % (8 * plan.across);
-    const Index i0 = (8 * band + within % high) * Tile::kSide, j0 = within / high * Tile::kSide;
+    const Index i0 = (8 * band + within % high) * Tile::kRows, j0 = within / high * Tile::kColumns;
     const Source<In> a{static_cast<const In*>(g.a.data) + p * g.a.batch_stride + i0 * g.a.row_stride, g.a.row_stride,
-                       g.a.column_stride, int(smaller(Tile::kSide, g.n - i0))};
+                       g.a.column_stride, int(smaller(Tile::kRows, g.n - i0))};
     const Source<In> b{static_cast<const In*>(g.b.data) + p * g.b.batch_stride + j0 * g.b.row_stride, g.b.row_stride,
-                       g.b.column_stride, int(smaller(Tile::kSide, g.m - j0))};
+                       g.b.column_stride, int(smaller(Tile::kColumns, g.m - j0))};
     Out* out = to + ((slice * g.batch + p) * g.n + i0) * g.m + j0;
-    sum_over_rows<SquaredDifference, kRun, S, T, R, Depth>(
-        a, b, slice * plan.columns, smaller(g.d, (slice + 1) * plan.columns), shared, [&](const T(&sum)[R][R], int k) {
-            const int thread = recomputed(int(threadIdx.x), k), j = Tile::across(thread);
+    T sum[R][R] = {};
+    sum_over_rows<SquaredDifference, kRun, Tile>(
+        a, b, slice * plan.columns, smaller(g.d, (slice + 1) * plan.columns), shared, sum, [&](int k) {
+            const int thread = recomputed(int(threadIdx.x), k), j = tile_column(thread);
             const int columns = b.count - j;
             const bool first = k < kRun;
-            int i = Tile::down(thread);
+            int i = tile_row(thread);
             Out* row = out + i * g.m + j;
 #pragma unroll
             for (int r = 0; r < R; ++r, i += 16, row += 16 * g.m) {
@@ -92,7 +93,7 @@ Status run(const NeuronDistancesArgs& g, void* workspace, void* stream) {
     }
     Out* to = plan.slices > 1 ? static_cast<Out*>(workspace) : out;
     SharedSize shared;
-    Pieces<In, S, Tile<S, R, Depth>>::count(shared);
+    Pieces<In, Tile<S, R, R, Depth>>::count(shared);
     if (failed(status, launch_in_turn(in_words<In>(g.a) && in_words<In>(g.b)
                                           ? distances_kernel<WordRows, In, S, T, Out, R, Depth>
                                           : distances_kernel<Rows, In, S, T, Out, R, Depth>,

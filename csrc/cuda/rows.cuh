@@ -1,12 +1,12 @@
 // A tile of sums over pairs of rows, the inner loop of every large product here:
 //
-//     sum[i, j] += sum_k Op(a[i, k], b[j, k])         a, b in shared memory [kSide, kPitch], row after row
+//     sum[i, j] += sum_k Op(a[i, k], b[j, k])         a, b in shared memory, row after row, kPitch apart
 //
-// 256 threads, each with R x R sums in registers: rows ty + 16 i of a, rows tx + 16 j of b. A warp is 8 wide and 4 high, so
-// that each of its 16-byte loads, along k, is of 8 or 4 different rows: all in other banks, as the pitch is an odd number of
-// 16-byte words. For 16 bytes of depth in float32 a thread loads 2 R words and takes 4 R^2 steps: 16 and 256 at R = 8.
+// 256 threads, each with RA x RB sums in registers: rows ty + 16 i of a, rows tx + 16 j of b. A warp is 8 wide and 4 high,
+// so that each of its 16-byte loads, along k, is of 8 or 4 different rows: all in other banks, as the pitch is an odd number
+// of 16-byte words. For four columns of float32 a thread loads RA + RB words and takes 4 RA RB steps: 16 and 256 at 8 x 8.
 //
-// R = 8 must fit into 128 registers, of which sums and words take 100, for two blocks to share a processor. So the next piece
+// 8 x 8 must fit into 128 registers, of which sums and words take 100, for two blocks to share a processor. So the next piece
 // waits in shared memory and not in registers, what a thread needs to know to bring it is worked out again each time, and
 // the steps through a piece are unrolled: there are no addresses to keep.
 #pragma once
@@ -19,6 +19,7 @@
 namespace mtz::cuda {
 
 constexpr int kTileThreads = 256;
+constexpr int kNoRuns = 1 << 30;  // for sums that are taken at the end only
 
 // A float64 number as the sum of two float32: the difference of two such, (x.high - y.high) + (x.low - y.low), keeps 24
 // good bits wherever float64 would, and takes no float64 arithmetic, which is slow on most GPUs.
@@ -57,37 +58,40 @@ struct Product {
     }
 };
 
-template <class S, int R, int Depth>
+// Where a thread's sums are: rows of a from tile_row(), of b from tile_column(), in steps of 16. Lanes next to each other
+// share a row of b, and those two apart a row of a.
+__device__ __forceinline__ int tile_row(int thread) {
+    return thread / kWarp / 2 * 4 + thread % kWarp / 16 * 2 + thread % 2;
+}
+__device__ __forceinline__ int tile_column(int thread) {
+    return thread / kWarp % 2 * 8 + thread % kWarp / 2 % 8;
+}
+
+template <class S_, int RA, int RB, int Depth>
 struct Tile {
-    static constexpr int kSide = 16 * R, kDepth = Depth, kPitch = Depth + Word<S>::kCount;
-    static constexpr int kSize = kSide * kPitch;  // elements of one operand in shared memory
+    using S = S_;
+    static constexpr int kRows = 16 * RA, kColumns = 16 * RB, kDepth = Depth, kPitch = Depth + Word<S>::kCount;
+    static constexpr int kSizeA = kRows * kPitch, kSizeB = kColumns * kPitch;  // elements in shared memory
     static_assert(Depth / Word<S>::kCount % 2 == 0, "the pitch must be an odd number of words");
 
-    // Where this thread's sums are: rows of a from down(), of b from across(), in steps of 16. Lanes next to each other
-    // share a row of b, and those two apart a row of a.
-    __device__ static __forceinline__ int across(int thread) { return thread / kWarp % 2 * 8 + thread % kWarp / 2 % 8; }
-    __device__ static __forceinline__ int down(int thread) {
-        return thread / kWarp / 2 * 4 + thread % kWarp / 16 * 2 + thread % 2;
-    }
-
     template <class Op, class T>
-    __device__ static __forceinline__ void add(const S* a, const S* b, T (&sum)[R][R]) {
+    __device__ static __forceinline__ void add(const S* a, const S* b, T (&sum)[RA][RB]) {
         using W = Word<S>;
-        const W* rows = reinterpret_cast<const W*>(a + down(int(threadIdx.x)) * kPitch);
-        const W* columns = reinterpret_cast<const W*>(b + across(int(threadIdx.x)) * kPitch);
+        const W* rows = reinterpret_cast<const W*>(a + tile_row(int(threadIdx.x)) * kPitch);
+        const W* columns = reinterpret_cast<const W*>(b + tile_column(int(threadIdx.x)) * kPitch);
         constexpr int pitch = 16 * kPitch / W::kCount;
 #pragma unroll
         for (int k = 0; k < Depth / W::kCount; ++k) {
-            W y[R];
+            W y[RB];
 #pragma unroll
-            for (int j = 0; j < R; ++j) y[j] = columns[j * pitch + k];
+            for (int j = 0; j < RB; ++j) y[j] = columns[j * pitch + k];
 #pragma unroll
-            for (int i = 0; i < R; ++i) {
+            for (int i = 0; i < RA; ++i) {
                 const W x = rows[i * pitch + k];
 #pragma unroll
                 for (int e = 0; e < W::kCount; ++e)
 #pragma unroll
-                    for (int j = 0; j < R; ++j) sum[i][j] = Op::add(x.at[e], y[j].at[e], sum[i][j]);
+                    for (int j = 0; j < RB; ++j) sum[i][j] = Op::add(x.at[e], y[j].at[e], sum[i][j]);
             }
         }
     }
@@ -148,25 +152,31 @@ bool in_words(const Matrices& m) {
 // Shared memory for pieces of two operands: one of each that is worked on, and the next one as it lies in memory, which
 // each thread copies its part of and converts itself. A second piece that is ready would save a barrier of the two a piece
 // takes, but not fit the registers.
-template <class In, class S, class Tile>
+template <class In, class Tile>
 struct Pieces {
-    static constexpr int kRaw = Tile::kSide * Tile::kDepth;  // elements of an operand
-    S* ready;
-    In* raw;
+    using S = typename Tile::S;
+    static constexpr int kRawA = Tile::kRows * Tile::kDepth, kRawB = Tile::kColumns * Tile::kDepth;  // elements
+    S *a, *b;
+    In *raw_a, *raw_b;
 
     __device__ __forceinline__ explicit Pieces(SharedMemory& memory) {
-        ready = memory.take<S>(2 * Tile::kSize);
-        raw = memory.take<In>(2 * kRaw);
+        a = memory.take<S>(Tile::kSizeA);
+        b = memory.take<S>(Tile::kSizeB);
+        raw_a = memory.take<In>(kRawA);
+        raw_b = memory.take<In>(kRawB);
     }
-    static void count(SharedSize& size) { size.add(sizeof(S), 2 * Tile::kSize).add(sizeof(In), 2 * kRaw); }
+    static void count(SharedSize& size) {
+        size.add(sizeof(S), Tile::kSizeA).add(sizeof(S), Tile::kSizeB).add(sizeof(In), kRawA).add(sizeof(In), kRawB);
+    }
 };
 
-// This thread's part of bringing pieces [kSide, kDepth] of columns first ... first + count - 1 of an operand into shared
+// This thread's part of bringing pieces [Side, Depth] of columns first ... first + count - 1 of an operand into shared
 // memory, zero behind them: start() copies, asynchronously where the hardware can, and after a wait finish() converts.
-template <class Source, class S, class Tile, bool = Source::kWords>
+template <class Source, class Tile, int Side, bool = Source::kWords>
 struct Piece {  // in single elements
     using In = typename Source::Element;
-    static constexpr int kDown = kTileThreads / Tile::kDepth, kEach = Tile::kSide / kDown;
+    using S = typename Tile::S;
+    static constexpr int kDown = kTileThreads / Tile::kDepth, kEach = Side / kDown;
     const Source& source;
     Index first;
     int count;
@@ -193,11 +203,12 @@ struct Piece {  // in single elements
     }
 };
 
-template <class Source, class S, class Tile>
-struct Piece<Source, S, Tile, true> {  // in words; `first` is at the beginning of one
+template <class Source, class Tile, int Side>
+struct Piece<Source, Tile, Side, true> {  // in words; `first` is at the beginning of one
     using In = typename Source::Element;
+    using S = typename Tile::S;
     static constexpr int kWide = Word<In>::kCount, kAcross = Tile::kDepth / kWide, kDown = kTileThreads / kAcross;
-    static constexpr int kWords = Tile::kSide / kDown;
+    static constexpr int kWords = Side / kDown;
     static_assert(kWords >= 1, "a word for every thread");
     const Source& source;
     Index first;
@@ -230,40 +241,39 @@ struct Piece<Source, S, Tile, true> {  // in words; `first` is at the beginning 
     }
 };
 
-// Columns first ... last - 1 (fewer than 2^31) of all pairs of rows of a tile, in pieces, the next on its way while one is
-// worked on; after every Run columns and at the end sums go to `flush(sum, columns before the last piece)` and start again from 0. The pieces
-// are free when all threads have arrived; a barrier must follow before they change.
-template <class Op, int Run, class S, class T, int R, int Depth, class SourceA, class SourceB, class Flush>
+// Adds columns first ... last - 1 (fewer than 2^31) of all pairs of rows of a tile to `sum`, in pieces, the next on its way
+// while one is worked on. After every Run columns and at the end flush(columns before the last piece) takes the sums, which
+// start again from 0.
+template <class Op, int Run, class Tile, class T, int RA, int RB, class SourceA, class SourceB, class Flush>
 __device__ __forceinline__ void sum_over_rows(const SourceA& a, const SourceB& b, Index first, Index last,
-                                              const Pieces<typename SourceA::Element, S, Tile<S, R, Depth>>& shared,
+                                              const Pieces<typename SourceA::Element, Tile>& shared, T (&sum)[RA][RB],
                                               Flush&& flush) {
+    constexpr int Depth = Tile::kDepth;
     static_assert(Run % Depth == 0, "a run is whole pieces");
-    using Tile = Tile<S, R, Depth>;
-    using Shared = Pieces<typename SourceA::Element, S, Tile>;
+    static_assert(Tile::kRows == 16 * RA && Tile::kColumns == 16 * RB);
     const int count = int(last - first);
-    const Piece<SourceA, S, Tile> piece_a{a, first, count};
-    const Piece<SourceB, S, Tile> piece_b{b, first, count};
+    const Piece<SourceA, Tile, Tile::kRows> piece_a{a, first, count};
+    const Piece<SourceB, Tile, Tile::kColumns> piece_b{b, first, count};
     const auto start = [&](int k) {
-        piece_a.start(k, shared.raw);
-        piece_b.start(k, shared.raw + Shared::kRaw);
+        piece_a.start(k, shared.raw_a);
+        piece_b.start(k, shared.raw_b);
         copy_async_commit();
     };
-    T sum[R][R] = {};
     if (count > 0) start(0);
     for (int k = 0; k < count; k += Depth) {
         copy_async_wait<0>();
         sync_block();  // all threads are done with the piece before this one
-        piece_a.finish(shared.ready, shared.raw);
-        piece_b.finish(shared.ready + Tile::kSize, shared.raw + Shared::kRaw);
+        piece_a.finish(shared.a, shared.raw_a);
+        piece_b.finish(shared.b, shared.raw_b);
         if (k + Depth < count) start(k + Depth);
         sync_block();  // all of this piece is there
-        Tile::template add<Op>(shared.ready, shared.ready + Tile::kSize, sum);
+        Tile::template add<Op>(shared.a, shared.b, sum);
         if ((k + Depth) % Run != 0 && k + Depth < count) continue;
-        flush(sum, k);
+        flush(k);
 #pragma unroll
-        for (int i = 0; i < R; ++i)
+        for (int i = 0; i < RA; ++i)
 #pragma unroll
-            for (int j = 0; j < R; ++j) sum[i][j] = T(0);
+            for (int j = 0; j < RB; ++j) sum[i][j] = T(0);
     }
 }
 
