@@ -123,6 +123,7 @@ FAULTS = {
         "no barrier before the next matrix": (SMALL_INVERSES, "«sync_block();»  // the matrix before", ""),
         "padding is read": (SMALL_INVERSES, "small.matrix[e] = «i < g.d && j < g.d» ?", "i < g.d"),
         "the middle row of tiles twice": (SMALL_INVERSES, "return «i > r»;", "true"),
+        "two of four lanes are not summed": (SMALL_INVERSES, "«sum += shuffle_xor(sum, 2);»", "shuffle_xor(sum, 2);"),
         "no barrier between pivots": (INVERSES, "«sync_block();»\n        double p", ""),
     },
     probe_large_inverses: {
