@@ -21,6 +21,7 @@
 namespace mtz::cuda {
 namespace {
 
+// Sums are kept of as many units at a time as fit into this, of one at least.
 #ifndef MTZ_MOST_SUM_BYTES
 #define MTZ_MOST_SUM_BYTES (64 << 20)
 #endif
