@@ -124,12 +124,20 @@ def experiments(rows: Sequence[Row]) -> str:
     return _table(head, lines, numbers=5)
 
 
+def resources(rows: Sequence[Row]) -> str:
+    """Registers of CUDA kernels, an architecture a column."""
+    architectures = [name for name in rows[0] if name.startswith("sm_")]
+    lines = [[f"`{row['kernel']}`", *(row[name] for name in architectures)] for row in rows]
+    return _table(["kernel", *architectures], lines, numbers=len(architectures))
+
+
 #: The columns that tell a kind of file, and what draws it.
 DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"case", "way", "microseconds"}): operators,
     frozenset({"architecture", "sharable"}): architectures,
     frozenset({"work", "measure", "value"}): targets,
     frozenset({"case", "method", "increase"}): experiments,
+    frozenset({"file", "kernel"}): resources,
 }
 
 

@@ -154,6 +154,12 @@ def test_values_that_are_not_finite_are_named(value, stride, device):
     x[2, 17, 5, 4] = value
     with pytest.raises(ValueError, match=r"x must be finite, got (nan|inf) at \[2, 17, 5, 4\]"):
         mtz_ext.conv2d_second_moment(x, 3, stride, 1)
+    assert mtz_ext.conv2d_second_moment(x, 3, stride, 1, check=False).isnan().all()
+
+
+def test_without_a_check_the_result_is_the_same(device):
+    x = cases.randn(3, 20, 6, 6, device=device)
+    assert torch.equal(mtz_ext.conv2d_second_moment(x, 3, check=False), mtz_ext.conv2d_second_moment(x, 3))
 
 
 X = torch.ones(2, 4, 5, 5)

@@ -45,15 +45,45 @@ def test_distances_are_captured_in_a_graph():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("channels", [8, 64], ids=["patches", "shifts"])
+def test_moments_without_a_check_are_captured_in_a_graph(channels):
+    x = cases.randn(3, channels, 9, 7, device="cuda")
+    expected = mtz_ext.conv2d_second_moment(x, 3, padding=1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mtz_ext.conv2d_second_moment(x, 3, padding=1, check=False)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, expected)
+    x[2, 3, 8, 6] = torch.nan
+    graph.replay()
+    assert got.isnan().all()
+
+
+def test_greedy_matching_without_a_check_is_captured_in_a_graph():
+    """Its launch is cooperative, which graphs take as an attribute of the node."""
+    distances = cases.randn(2, 300, 200, device="cuda")
+    expected = mtz_ext.match_neurons(distances, 150, "greedy")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mtz_ext.match_neurons(distances, 150, "greedy", check=False)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
 def test_nothing_synchronises_without_a_check():
     a, x = cases.randn(40, 300, device="cuda"), cases.randn(3, 20, 300, device="cuda")
-    inverse = cases.damped_inverse(3, d=300).cuda()
+    inverse, images = cases.damped_inverse(3, d=300).cuda(), cases.randn(2, 64, 9, 9, device="cuda")
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         mtz_ext.neuron_distances(a, a)
         mtz_ext.neuron_distances(a, a, a.mT)
         update(inverse, x)
+        update(inverse, x.half())
+        mtz_ext.match_neurons(a, 7, "greedy", check=False)
+        mtz_ext.conv2d_second_moment(images, 3, check=False)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

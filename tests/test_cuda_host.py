@@ -152,7 +152,7 @@ def test_inverses_of_awkward_sizes(sized_session, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_inverses_of_batches_and_weights(sized_session, schedule):
     rng = np.random.default_rng(0)
-    for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70)]:
+    for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70), (1, 300, 2)]:  # 300: two slices
         weight = rng.uniform(0.1, 2, (batch, k))
         check_update(sized_session, batch, d, k, "float32", schedule, weight)
     inverse, vectors = damped_inverse(3, 40), 0.3 * normal(3, 20, 40, seed=1)
@@ -178,6 +178,20 @@ def test_inverses_of_views(sized_session):
     assert_within(got[:, 2:42, 3:43], expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
     got[:, 2:42, 3:43] = 7
     assert not status.any() and (got == 7).all(), "nothing outside the view is written"
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_vectors_are_those_numbers_in_float32(sized_session, kind):
+    inverse, vectors, weight = damped_inverse(2, 60), normal(2, 5, 60, seed=1), np.ones((2, 5))
+    if kind == "float16":
+        half = vectors.astype(np.float16)
+        exact = half.astype(np.float32)
+    else:
+        half = (vectors.view(np.uint32) >> 16).astype(np.uint16)
+        exact = (half.astype(np.uint32) << 16).view(np.float32)
+    got, status = host.sherman_morrison(sized_session, inverse, half, weight, kind=kind)
+    assert not status.any()
+    assert np.array_equal(got, host.sherman_morrison(sized_session, inverse, exact, weight)[0])
 
 
 @pytest.mark.parametrize("fault", ["indefinite update", "indefinite before", "nan vector", "inf inverse", "nan weight"])
@@ -305,11 +319,22 @@ CONVOLUTIONS = [
     (111, 19, 3, 1, (3, 1), (1, 1), (1, 0), (1, 1), 1),
     (9, 3, 19, 29, (2, 2), (1, 1), (0, 0), (1, 1), 1),  # slices of positions
 ]
+SHIFTED = [
+    # by shifts of the image: enough channels for them to pay
+    (2, 40, 6, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 61, 12, 9, (3, 3), (1, 1), (0, 0), (1, 1), 1),  # every window misses lines
+    (2, 62, 6, 5, (3, 3), (1, 1), (2, 2), (1, 1), 1),  # none does
+    (1, 72, 8, 7, (3, 3), (1, 1), (1, 1), (1, 1), 1),  # two tiles of channels, the second of two
+    (3, 120, 9, 2, (3, 1), (1, 1), (1, 0), (1, 1), 2),  # groups
+    (1, 50, 3, 3, (5, 5), (1, 1), (2, 2), (1, 1), 1),  # windows that share nothing
+    (6, 40, 17, 12, (3, 3), (1, 1), (1, 1), (1, 1), 1),  # slices of positions
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_moments_of_convolutions(session, dtype):
-    for number, case in enumerate(CONVOLUTIONS):
+    # half precision is converted when the image is packed: one case is enough
+    for number, case in enumerate([*CONVOLUTIONS, *(SHIFTED[:1] if dtype.endswith("16") else SHIFTED)]):
         x, exact = normal(*case[:4]), None
         if dtype == "bfloat16":
             x = (x.view(np.uint32) >> 16).astype(np.uint16)
@@ -327,9 +352,22 @@ def test_moments_of_views(session, schedule):
         check_moment(session, x, arguments, schedule)
 
 
+def test_shifted_moments_of_views(session):
+    wide, arguments = normal(4, 40, 10, 21), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    views = [
+        wide[::2, :, ::2, ::3],
+        wide.transpose(0, 1, 3, 2)[:2, ::-1, :5],
+        np.broadcast_to(wide[:1, :, :3, :4], (2, 40, 3, 4)),
+    ]
+    for number, x in enumerate(views):
+        check_moment(session, x, arguments, SCHEDULES[number])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_moments_name_values_that_are_not_finite(session, value):
-    x = normal(3, 20, 6, 6)
-    x[2, 17, 5, 5] = value
+@pytest.mark.parametrize("channels", [20, 44], ids=["patches", "shifts"])
+def test_values_that_are_not_finite_are_named_and_leave_nothing(session, value, channels):
+    x = normal(3, channels, 6, 6)
+    x[2, channels - 3, 5, 5] = value
     for stride in ((1, 1), (2, 2)):
-        assert host.conv2d_second_moment(session, x, (3, 3), stride, (0, 0), (1, 1), 1)[1] == 1
+        out, status = host.conv2d_second_moment(session, x, (3, 3), stride, (0, 0), (1, 1), 1)
+        assert status == 1 and np.isnan(out).all()

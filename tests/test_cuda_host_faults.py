@@ -15,6 +15,7 @@ from tests.cuda_host.host import SCHEDULES
 from tests.test_cuda_host import (
     CONVOLUTIONS,
     LARGE,
+    SHIFTED,
     SMALL,
     afresh,
     assert_within,
@@ -28,11 +29,12 @@ from tests.test_cuda_host import (
 
 
 def probe_distances(session, schedule):
-    for n, m, d in ((19, 7, 24), (19, 7, 99), (132, 130, 33)):
+    for n, m, d in ((19, 7, 24), (20, 8, 99), (132, 130, 36)):
         a, b = normal(2, n, d, seed=1), normal(2, m, d, seed=2)
         assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
-    a, b = normal(1, 19, 37, dtype="float64"), normal(1, 7, 37, seed=1, dtype="float64")
-    assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
+    for d in (36, 37):
+        a, b = normal(1, 19, d, dtype="float64"), normal(1, 7, d, seed=1, dtype="float64")
+        assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
     a, b = normal(1, 2, 1200), normal(1, 3, 1200, seed=1)
     assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
 
@@ -50,6 +52,7 @@ def probe_inverses(session, schedule):
 
 def probe_large_inverses(session, schedule):
     check_update(session, 2, 99, 3, "float32", schedule)
+    check_update(session, 1, 300, 2, "float32", schedule)
     inverse, vectors, weight = damped_inverse(2, 70), normal(2, 70, 70, seed=1), np.ones((2, 70))
     weight[1, 69] = -100
     got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
@@ -75,28 +78,42 @@ def probe_moments(session, schedule):
     assert host.conv2d_second_moment(session, x, (3, 3), (2, 2), (0, 0), (1, 1), 1, schedule)[1] == 1
 
 
+def probe_shifts(session, schedule):
+    for case in (SHIFTED[1], SHIFTED[3], SHIFTED[6]):
+        check_moment(session, normal(*case[:4]), case[4:], schedule)
+    x = normal(2, 40, 3, 4)
+    x[1, 39, 2, 3] = np.nan
+    out, status = host.conv2d_second_moment(session, x, (3, 3), (1, 1), (1, 1), (1, 1), 1, schedule)
+    assert status == 1 and np.isnan(out).all()
+
+
 ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
-MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment.cu"
+MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
+SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
-MIRRORING = "\n        for (int e = int(threadIdx.x); e < K * K; e += kTile"
+MIRRORING = "\n    for (int e = int(threadIdx.x); e < K * K; e += kTile"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
 CHECKING = "; e += Index(gridDim.x) * blockDim.x) {\n        const Index x"
-INSIDE = "inside = «k0 + within < last»;\n        const auto column = source.column(inside ? k0 + within : 0);\n"
+MORE = "if (k + Depth < count) start(k + Depth);\n        "
 FAULTS = {
     probe_distances: {
-        "no barrier before a piece is used": (ROWS, "«sync_block();»  // this piece", ""),
+        "no barrier before a piece is used": (ROWS, MORE + "«sync_block();»", ""),
+        "no barrier before the next piece is put": (ROWS, "«sync_block();»  // all threads are done", ""),
         "copies not waited for": (ROWS, "«copy_async_wait<0>();»\n", "copy_async_wait<1>();"),
-        "rows beyond the end are read": (ROWS, "return «i < count» ? data", "true"),
-        "one column too many": (ROWS, INSIDE + "        for (int e", "k0 + within <= last"),
-        "one column too many, with conversion": (ROWS, INSIDE + "#pragma unroll", "k0 + within <= last"),
-        "shared memory too small": (DISTANCES, "take<S>(«4 * Tile::kSize»)", "4 * Tile::kSize - Word<S>::kCount - 1"),
-        "no barrier between tiles": (DISTANCES, "«sync_block();»  // the tile before", ""),
-        "columns beyond the end are written": (
-            DISTANCES,
-            "«i < rows && Tile::across() + 16 * c < columns»",
-            "i < rows",
+        "rows beyond the end are read": (ROWS, "return data + («i < count» ?", "true"),
+        "rows beyond the end are read in words": (ROWS, "row = «i < source.count» ?", "true"),
+        "one column too many": (ROWS, "inside = «k + x < count»;", "k + x <= count"),
+        "one column too many in words": (ROWS, "left = «count - k - x»,", "count - k - x + 1"),
+        "unaligned rows are taken for words": (ROWS, "«m.row_stride % wide == 0»", "true"),
+        "another thread's words are converted": (
+            ROWS,
+            "raw)[«w * kTileThreads + thread»]",
+            "w * kTileThreads + (thread ^ 1)",
         ),
+        "shared memory too small": (ROWS, "take<In>(«kRawB»)", "kRawB - 1"),
+        "columns beyond the end are written": (DISTANCES, "if («16 * c < here») row", "i < a.count"),
+        "runs are not added up": (DISTANCES, "first = «k < kRun»;", "true"),
         "the last columns are left out": (DISTANCES, "smaller(«g.d», (slice + 1) * plan.columns)", "g.d / 4 * 4"),
         "one slice is not added up": (DISTANCES, "«s < slices»; ++s", "s < slices - 1"),
     },
@@ -106,14 +123,21 @@ FAULTS = {
         "no barrier before the next matrix": (SMALL_INVERSES, "«sync_block();»  // the matrix before", ""),
         "padding is read": (SMALL_INVERSES, "small.matrix[e] = «i < g.d && j < g.d» ?", "i < g.d"),
         "the middle row of tiles twice": (SMALL_INVERSES, "return «i > r»;", "true"),
+        "two of four lanes are not summed": (SMALL_INVERSES, "«sum += shuffle_xor(sum, 2);»", "shuffle_xor(sum, 2);"),
         "no barrier between pivots": (INVERSES, "«sync_block();»\n        double p", ""),
     },
     probe_large_inverses: {
         "no barrier before mirroring": (LARGE_INVERSES, "«sync_block();»" + MIRRORING, ""),
         "columns beyond the end are solved": (LARGE_INVERSES, "«j >= g.d || w.skipped(p)»", "w.skipped(p)"),
+        "no barrier before the tile is read": (LARGE_INVERSES, "«sync_block();»\n#pragma unroll 4", ""),
+        "no barrier between columns": (LARGE_INVERSES, "«sync_block();»  // this column is there", ""),
+        "the next column too late": (LARGE_INVERSES, "if («k == j + 1») next", "k == j + 2"),
+        "the upper half of L is solved with": (LARGE_INVERSES, "if («e % K >= e / K») l[e]", "e % K < e / K"),
+        "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
+        "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel<T, WordRows>", "true"),
         "half of a warp is not summed": (LARGE_INVERSES, "int mask = «kWarp / 2»", "kWarp / 4"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "the last rows are left out": (LARGE_INVERSES, "slice * kSlice, smaller(«g.d», (slice", "g.d / 4 * 4"),
+        "the last rows are left out": (LARGE_INVERSES, "slice * w.length, smaller(«g.d», (slice", "g.d / 4 * 4"),
     },
     probe_matching: {
         "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),
@@ -127,13 +151,46 @@ FAULTS = {
         "half of a warp is not counted": (MATCHING, "mask = «kWarp / 2»; mask > 0; mask /= 2) before", "kWarp / 4"),
     },
     probe_moments: {
-        "no barrier before tables of rows are used": (MOMENTS, "plan.side, j0, rows_b);\n        «sync_block();»", ""),
+        "no barrier before tables of rows are used": (MOMENTS, "plan.side, j0, rows_b);\n    «sync_block();»", ""),
         "the row below the image is read": (MOMENTS, "y >= 0 && «y < g.height»", "y <= g.height"),
         "the column before the image is read": (MOMENTS, "«x >= 0» && x < g.width", "x >= -1"),
         "rows beyond the end are read": (MOMENTS, "{«row < side ? offset : Patches<In>::kNoRow», y, x}", "offset"),
         "columns beyond the end are written": (MOMENTS, "if («i > j || j >= plan.side») continue;", "i > j"),
         "the last positions are left out": (MOMENTS, "smaller(«plan.positions», (slice", "plan.positions / 8 * 8"),
         "the last values are not checked": (MOMENTS, "«e < count»" + CHECKING, "e < count / 256 * 256"),
+    },
+    probe_shifts: {
+        "no barrier in a strip": (SHIFTS, "«sync_block();»\n    for (int k = row", ""),
+        "no barrier before a piece is used": (SHIFTS, "«sync_block();»  // this piece is there", ""),
+        "copies not waited for": (SHIFTS, "«copy_async_wait<0>();»", "copy_async_wait<1>();"),
+        "one position too many": (SHIFTS, "inside = «k + k_mine < count»;", "k + k_mine <= count"),
+        "no zeros behind a row": (SHIFTS, "width = g.width + «g.kernel[1] - 1»;", "0"),
+        "no zeros below a sample": (SHIFTS, "sample = (g.height + «g.kernel[0] - 1») * width;", "0"),
+        "no zeros in front": (SHIFTS, "before = «(g.kernel[0] - 1) * width + g.kernel[1] - 1»;", "0"),
+        "no zeros at the end": (SHIFTS, "before + g.samples * sample + «g.kernel[1] - 1»;", "0"),
+        "rows are not changed": (SHIFTS, "if (x >= nx) «x -= nx, ++y;»", "x -= nx;"),
+        "samples are not changed": (SHIFTS, "if (y >= ny) «y -= ny, ++sample;»", "y -= ny;"),
+        "corners are taken away": (SHIFTS, "value += «(py == 0) == (px == 0)» ?", "py + px == 0"),
+        "border lines behind are forgotten": (SHIFT_PLAN, "if («q < from || q >= to») parts", "q < from"),
+        "border lines in front are forgotten": (SHIFT_PLAN, "from = «start > low ? start : low»,", "low"),
+        "one slice is not added up": (SHIFTS, "slice < («sliced ? w.slices : 1»); ++slice", "1"),
+        "another slot": (
+            SHIFTS,
+            "«Index(in_y - y.long_spans) * x.spans + in_x»;",
+            "Index(in_y - y.long_spans) * x.long_spans + in_x",
+        ),
+        "a tile with itself is not turned": (SHIFTS, "(«i == j && row % offsets > column % offsets»)", "false"),
+        "columns beyond the end are written": (
+            SHIFTS,
+            "«column < tile && to_column + column < side»; column",
+            "column < tile",
+        ),
+        "not finite values stay where they are": (SHIFTS, "S(«bad ? kNaN : value»)", "value"),
+        "the last channels are not packed": (
+            SHIFTS,
+            "if («inside && c0 + c < w.channels»)",
+            "inside && c0 + c < w.channels / 4 * 4",
+        ),
     },
 }
 ALL = [fault for of_probe in FAULTS.values() for fault in of_probe.values()]

@@ -139,6 +139,9 @@ def test_nan_is_named(method, device):
     distances[1, 2, 18, 0] = torch.nan
     with pytest.raises(ValueError, match=r"got nan at \[1, 2, 17, 10\]"):
         mtz_ext.match_neurons(distances, 4, method)
+    pairs = mtz_ext.match_neurons(distances, 4, method, check=False)
+    assert pairs[1, 2].eq(-1).all()
+    assert torch.equal(pairs[0], mtz_ext.match_neurons(distances[0], 4, method)), "the others are matched"
 
 
 def test_optimal_needs_finite_costs():

@@ -33,11 +33,13 @@ def samples(device: str):
         (torch.ops.mtz.sherman_morrison_.default, (inverse, vectors, weight, False)),
         (torch.ops.mtz.match_neurons.default, (a[0], 3, "greedy")),
         (torch.ops.mtz.match_neurons.default, (a, 2, "optimal")),
+        (torch.ops.mtz.match_neurons.default, (a[0], 3, "greedy", False)),
         (torch.ops.mtz.conv2d_second_moment.default, (x, *pairs)),
+        (torch.ops.mtz.conv2d_second_moment.default, (x, *pairs, False)),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index, device):
     op, arguments = samples(device)[index]
     torch.library.opcheck(op, arguments)

@@ -150,9 +150,19 @@ def test_removing_to_the_brink_is_refused(device):
         mtz_ext.sherman_morrison_(inverse, x, weight=-1.0)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [19, 500])
+def test_half_vectors_are_those_numbers_in_float32(half, d, device):
+    vectors = cases.randn(3, 7, d, dtype=half, device=device)
+    inverse = cases.damped_inverse(3, d=d).to(device)
+    expected = mtz_ext.sherman_morrison_(inverse.clone(), vectors.float())
+    assert torch.equal(mtz_ext.sherman_morrison_(inverse, vectors), expected)
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
+        ((torch.eye(4).double(), torch.ones(1, 4).half()), TypeError, r"vectors must be torch.float64"),
         ((torch.ones(3, 4), torch.ones(1, 4)), ValueError, r"inverse must have shape \[\.\.\., d, d\], got \[3, 4\]"),
         ((torch.eye(4), torch.ones(1, 5)), ValueError, r"vectors must have shape \[\.\.\., k, 4\].*got \[1, 5\]"),
         ((torch.eye(4), torch.ones(2, 1, 4)), ValueError, r"vectors must broadcast to those of inverse, \[\]"),

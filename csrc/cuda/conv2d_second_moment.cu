@@ -1,211 +1,27 @@
-// The second moment of patches as a product of the patch matrix with itself that never exists: a block takes a tile of
-// 64 x 64 of the result (of the upper triangle) and a slice of the positions, and its pieces of patches are gathered from the
-// image straight into shared memory. Any stride, padding, dilation and groups; no border terms, no cancellation. See
+// Chooses between shifts of the packed image and gathered patches, by the number of multiply-adds. See
 // mtz/conv2d_second_moment.h.
-//
-// Runs of kRun positions are summed in the type of the result, and the runs with the rounding of every addition kept beside
-// the sum: as good as float64, which is slow on most GPUs. Slices are added up in order; how many
-// there are depends on the shape alone.
-#include "cuda/rows.cuh"
-#include "mtz/conv2d_second_moment.h"
+#include "cuda/conv2d_second_moment.cuh"
 
 namespace mtz::cuda {
 namespace {
-
-constexpr int kSide = 64;
-constexpr Index kRun = 128, kEnoughBlocks = 512;
-
-template <class S>
-constexpr int kDepth = 128 / sizeof(S);
-
-struct Plan {
-    Index side, tiles, positions, slices, length;  // rows of a matrix, tiles across; slices of `length` positions
-
-    explicit Plan(const Conv2dSecondMomentArgs& g) {
-        side = g.channels / g.groups * g.kernel[0] * g.kernel[1];
-        tiles = ceil_div(side, kSide);
-        positions = g.samples * g.output[0] * g.output[1];
-        const Index blocks = larger(1, g.groups * tiles * (tiles + 1) / 2);
-        const Index wanted = smaller(ceil_div(kEnoughBlocks, blocks), larger(1, positions / (4 * kRun)));
-        length = larger(kRun, ceil_div(ceil_div(positions, wanted), kRun) * kRun);
-        slices = ceil_div(positions, length);
-    }
-    Index sums() const { return slices > 1 ? slices : 0; }  // kept in the workspace: none or all slices
-};
-
-// Row (c, uy, ux) of the patch matrix: where it starts in a patch.
-struct PatchRow {
-    Index offset, y, x;
-};
-
-// Column (s, py, px): where its patch starts in x.
-struct PatchColumn {
-    Index offset, y, x;
-};
-
-template <class In>
-struct Patches {
-    using Element = In;
-    const Conv2dSecondMomentArgs& g;
-    const PatchRow* rows;  // [kSide], in shared memory
-    Index first_channel;
-
-    __device__ __forceinline__ PatchColumn column(Index k) const {
-        const Index across = g.output[1], area = g.output[0] * across;
-        const Index y = k % area / across * g.stride[0] - g.padding[0], x = k % across * g.stride[1] - g.padding[1];
-        return {k / area * g.x_stride[0] + first_channel * g.x_stride[1] + y * g.x_stride[2] + x * g.x_stride[3], y, x};
-    }
-    __device__ __forceinline__ const In* at(Index i, const PatchColumn& column) const {
-        const PatchRow row = rows[i];
-        const Index y = column.y + row.y, x = column.x + row.x;
-        const bool inside = row.offset != kNoRow && y >= 0 && y < g.height && x >= 0 && x < g.width;
-        return inside ? static_cast<const In*>(g.x) + column.offset + row.offset : nullptr;
-    }
-    __device__ __forceinline__ bool whole_words() const { return false; }
-
-    static constexpr Index kNoRow = INT64_MIN;
-};
-
-template <class In>
-__device__ __forceinline__ void find_rows(const Conv2dSecondMomentArgs& g, Index side, Index first, PatchRow* rows) {
-    const Index kernel = g.kernel[0] * g.kernel[1];
-    for (int i = int(threadIdx.x); i < kSide; i += kTileThreads) {
-        const Index row = first + i, c = row / kernel;
-        const Index y = row % kernel / g.kernel[1] * g.dilation[0], x = row % g.kernel[1] * g.dilation[1];
-        const Index offset = c * g.x_stride[1] + y * g.x_stride[2] + x * g.x_stride[3];
-        rows[i] = {row < side ? offset : Patches<In>::kNoRow, y, x};
-    }
-}
-
-// Element (i, j) of a group's matrix, and its mirror image.
-template <class T>
-__device__ __forceinline__ void write(const Conv2dSecondMomentArgs& g, Index side, Index group, Index i, Index j,
-                                      double value) {
-    T* out = static_cast<T*>(g.out) + group * side * side;
-    out[i * side + j] = out[j * side + i] = T(value);
-}
-
-// total + lost += x, the rounding of total + x going into `lost` (Knuth's two-sum).
-template <class S>
-__device__ __forceinline__ void add_exactly(S x, S& total, S& lost) {
-    const S sum = total + x, added = sum - total;
-    lost += (total - (sum - added)) + (x - added);
-    total = sum;
-}
-
-// Tiles of the upper triangle; with several slices into `sums` [slices, groups, side, side], else into the result.
-template <class In, class S>
-__global__ void __launch_bounds__(kTileThreads) patches_kernel(Conv2dSecondMomentArgs g, Plan plan, double* sums) {
-    using Tile = Tile<S, 4, kDepth<S>>;
-    SharedMemory memory;
-    S* shared = memory.take<S>(4 * Tile::kSize);
-    PatchRow* rows_a = memory.take<PatchRow>(kSide);
-    PatchRow* rows_b = memory.take<PatchRow>(kSide);
-    const Index per_slice = plan.tiles * plan.tiles, per_group = per_slice * plan.slices;
-    for (Index block = blockIdx.x; block < g.groups * per_group; block += gridDim.x) {
-        const Index group = block / per_group, slice = block % per_group / per_slice;
-        const Index i0 = block % per_slice / plan.tiles * kSide, j0 = block % plan.tiles * kSide;
-        if (i0 > j0) continue;
-        // (the tables of the tile before were last read before its last barrier)
-        find_rows<In>(g, plan.side, i0, rows_a);
-        find_rows<In>(g, plan.side, j0, rows_b);
-        sync_block();
-        const Index first_channel = group * (g.channels / g.groups);
-        S total[4][4] = {}, lost[4][4] = {};
-        sum_over_rows<Product, S, S, 4, kDepth<S>>(
-            Patches<In>{g, rows_a, first_channel}, Patches<In>{g, rows_b, first_channel}, slice * plan.length,
-            smaller(plan.positions, (slice + 1) * plan.length), kRun, shared, [&](const S(&sum)[4][4], bool) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) add_exactly(sum[r][c], total[r][c], lost[r][c]);
-            });
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const Index i = i0 + Tile::down() + 16 * r, j = j0 + Tile::across() + 16 * c;
-                if (i > j || j >= plan.side) continue;
-                const double value = double(total[r][c]) + double(lost[r][c]);
-                if (plan.slices > 1)
-                    sums[((slice * g.groups + group) * plan.side + i) * plan.side + j] = value;
-                else
-                    write<S>(g, plan.side, group, i, j, value);
-            }
-    }
-}
-
-// The slices added up; zero without any.
-template <class S>
-__global__ void add_slices_kernel(Conv2dSecondMomentArgs g, Plan plan, const double* sums) {
-    const Index matrix = plan.side * plan.side, count = g.groups * matrix;
-    for (Index e = blockIdx.x * Index(blockDim.x) + threadIdx.x; e < count; e += Index(gridDim.x) * blockDim.x) {
-        const Index i = e % matrix / plan.side, j = e % plan.side;
-        if (i > j) continue;
-        double sum = 0;
-        for (Index slice = 0; slice < plan.slices; ++slice) sum += sums[slice * count + e];
-        write<S>(g, plan.side, e / matrix, i, j, sum);
-    }
-}
 
 __global__ void clear_kernel(std::int32_t* status) {
     if (blockIdx.x == 0 && threadIdx.x == 0) *status = 0;
 }
 
-__device__ __forceinline__ double wide(float x) {
-    return x;
-}
-__device__ __forceinline__ double wide(double x) {
-    return x;
-}
-__device__ __forceinline__ double wide(Half x) {
-    return to_float(x);
-}
-__device__ __forceinline__ double wide(BFloat16 x) {
-    return to_float(x);
-}
-
-template <class In>
-__global__ void check_kernel(Conv2dSecondMomentArgs g) {
-    const Index count = g.samples * g.channels * g.height * g.width;
-    bool bad = false;
-    for (Index e = blockIdx.x * Index(blockDim.x) + threadIdx.x; e < count; e += Index(gridDim.x) * blockDim.x) {
-        const Index x = e % g.width, y = e / g.width % g.height, c = e / (g.width * g.height) % g.channels;
-        const Index s = e / (g.width * g.height * g.channels);
-        const double value = wide(
-            static_cast<const In*>(g.x)[s * g.x_stride[0] + c * g.x_stride[1] + y * g.x_stride[2] + x * g.x_stride[3]]);
-        bad = bad || !(value - value == 0);
-    }
-    if (bad) atomic_max(g.status, 1);
-}
-
 template <class In, class S>
 Status run(const Conv2dSecondMomentArgs& g, void* workspace, void* stream) {
-    const Plan plan(g);
-    double* sums = Workspace(workspace).take<double>(plan.sums() * g.groups * plan.side * plan.side);
-    const std::size_t shared = SharedSize()
-                                   .add(sizeof(S), 4 * Tile<S, 4, kDepth<S>>::kSize)
-                                   .add(sizeof(PatchRow), kSide)
-                                   .add(sizeof(PatchRow), kSide)
-                                   .bytes();
     Status status;
-    if (failed(status, launch_over(clear_kernel, 1, 32, stream, g.status)) ||
-        failed(status, launch_over(check_kernel<In>, g.samples * g.channels * g.height * g.width, 256, stream, g)) ||
-        failed(status, launch(patches_kernel<In, S>, g.groups * plan.tiles * plan.tiles * plan.slices, kTileThreads,
-                              shared, stream, false, g, plan, sums)))
-        return status;
-    if (plan.slices != 1)
-        failed(status, launch_over(add_slices_kernel<S>, g.groups * plan.side * plan.side, 256, stream, g, plan, sums));
-    return status;
+    if (failed(status, launch_over(clear_kernel, 1, 32, stream, g.status))) return status;
+    return shifts_are_fewer(g) ? moment_by_shifts<In, S>(g, workspace, stream)
+                               : moment_by_patches<In, S>(g, workspace, stream);
 }
 
 }  // namespace
 
 std::size_t conv2d_second_moment_workspace(const Conv2dSecondMomentArgs& g) {
-    const Plan plan(g);
-    Workspace space;
-    space.take<double>(plan.sums() * g.groups * plan.side * plan.side);
-    return space.used();
+    if (!shifts_are_fewer(g)) return patches_workspace(g);
+    return g.in == Scalar::float64 ? shifts_workspace<double>(g) : shifts_workspace<float>(g);
 }
 
 Status conv2d_second_moment(const Conv2dSecondMomentArgs& g, void* workspace, void* stream) {

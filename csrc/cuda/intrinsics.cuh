@@ -90,6 +90,13 @@ __device__ __forceinline__ void sync_grid() {
     cooperative_groups::this_grid().sync();
 }
 
+// The same value, worked out again in every step of a loop that counts `step` up from 0: what depends on it is then not
+// kept in registers through the loop.
+__device__ __forceinline__ int recomputed(int value, int step) {
+    asm volatile("" : "+r"(step));
+    return value ^ (step >> 31);
+}
+
 // The value of the lane whose number differs in the bits of `mask`; all lanes of the warp must take part.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {

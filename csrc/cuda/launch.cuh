@@ -12,7 +12,7 @@ namespace mtz::cuda {
 
 using Index = std::int64_t;
 
-// Kernels walk over more work than this with a stride of the grid.
+// The most blocks of a launch; more work than that is walked over with a stride of the grid, or launched in several goes.
 #ifndef MTZ_MAX_BLOCKS
 #define MTZ_MAX_BLOCKS (1 << 30)
 #endif
@@ -63,6 +63,17 @@ cudaError_t launch(void (*kernel)(Parameters...), Index blocks, int threads, std
 template <class... Parameters, class... Arguments>
 cudaError_t launch_over(void (*kernel)(Parameters...), Index items, int threads, void* stream, Arguments... arguments) {
     return launch(kernel, ceil_div(items, threads), threads, 0, stream, false, arguments...);
+}
+
+// A block for each of `blocks` pieces of work, the first of them passed to the kernel first.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_in_turn(void (*kernel)(Index, Parameters...), Index blocks, int threads, std::size_t shared,
+                           void* stream, Arguments... arguments) {
+    cudaError_t error = cudaSuccess;
+    for (Index first = 0; first < blocks && error == cudaSuccess; first += MTZ_MAX_BLOCKS)
+        error = launch(kernel, smaller(blocks - first, MTZ_MAX_BLOCKS), threads, shared, stream, false, first,
+                       arguments...);
+    return error;
 }
 
 // Hands out pieces of the caller's workspace, each aligned to 64 bytes; without one it only counts.

@@ -1,8 +1,12 @@
 // Differences first, squares after: exact where rows are nearly equal. See mtz/neuron_distances.h.
 //
-// Two instructions an element, a subtraction and a fused multiply-add, in tiles of 128 x 128 pairs (64 x 64 in float64)
-// that pass through shared memory (cuda/rows.cuh). A sum of d squares in float32 rounds d times: so runs of kRun columns
-// are summed in registers, and the runs added up in the result, by the thread they belong to.
+// Two instructions an element, a subtraction and a fused multiply-add (four where float64 is split into two float32), in
+// tiles of 128 x 128 pairs (64 x 64 in float64) that pass through shared memory (cuda/rows.cuh): of the instructions a
+// thread issues for 16 columns in float32, 2048 are these, 64 load them, and about 100 bring the next piece. A block takes
+// 36 KiB of shared memory and 128 registers a thread: two share a processor on every architecture from 8.0 on.
+//
+// A sum of d squares in float32 rounds d times: so runs of kRun columns are summed in registers, and the runs added up in
+// the result, by the thread they belong to.
 //
 // With few tiles for a whole GPU the columns are shared out as well; slices go to the workspace, and are added up in
 // order. How many depends on the shape alone.
@@ -12,7 +16,7 @@
 namespace mtz::cuda {
 namespace {
 
-constexpr Index kRun = 128;
+constexpr int kRun = 128;
 constexpr Index kEnoughBlocks = 512, kLeastColumns = 256;
 
 struct Plan {
@@ -30,40 +34,42 @@ struct Plan {
 };
 
 // to [slices, batch, n, m]: half of the sum of squared differences over the columns of each slice.
-template <class In, class S, class T, class Out, int R, int Depth>
-__global__ void __launch_bounds__(kTileThreads, 2) distances_kernel(NeuronDistancesArgs g, Plan plan, Out* to) {
-    using Tile = Tile<S, R, Depth>;
-    S* shared = SharedMemory().take<S>(4 * Tile::kSize);
+template <template <class> class Source, class In, class S, class T, class Out, int R, int Depth>
+__global__ void __launch_bounds__(kTileThreads, Source<In>::kWords ? 2 : 1)
+    distances_kernel(Index first_block, NeuronDistancesArgs g, Plan plan, Out* to) {
+    using Tile = Tile<S, R, R, Depth>;
+    SharedMemory memory;
+    const Pieces<In, Tile> shared(memory);
     const Index per_slice = plan.down * plan.across, per_matrix = per_slice * plan.slices;
-    for (Index block = blockIdx.x; block < g.batch * per_matrix; block += gridDim.x) {
-        const Index p = block / per_matrix, slice = block % per_matrix / per_slice;
-        // bands of 8 rows of tiles, down first, so that neighbouring blocks share both operands in the cache
-        const Index tile = block % per_slice, band = tile / (8 * plan.across), high = smaller(8, plan.down - 8 * band);
-        const Index within = tile % (8 * plan.across);
-        const Index i0 = (8 * band + within % high) * Tile::kSide, j0 = within / high * Tile::kSide;
-        const Rows<In> a{static_cast<const In*>(g.a.data) + p * g.a.batch_stride + i0 * g.a.row_stride, g.a.row_stride,
-                         g.a.column_stride, g.n - i0};
-        const Rows<In> b{static_cast<const In*>(g.b.data) + p * g.b.batch_stride + j0 * g.b.row_stride, g.b.row_stride,
-                         g.b.column_stride, g.m - j0};
-        Out* out = to + ((slice * g.batch + p) * g.n + i0) * g.m + j0;
-        sync_block();  // the tile before this one is done with shared memory
-        sum_over_rows<SquaredDifference, S, T, R, Depth>(
-            a, b, slice * plan.columns, smaller(g.d, (slice + 1) * plan.columns), kRun, shared,
-            [&](const T(&sum)[R][R], bool first) {
-                const int rows = int(smaller(Tile::kSide, a.count)), columns = int(smaller(Tile::kSide, b.count));
+    const Index block = first_block + blockIdx.x, p = block / per_matrix, slice = block % per_matrix / per_slice;
+    // bands of 8 rows of tiles, down first, so that neighbouring blocks share both operands in the cache
+    const Index tile = block % per_slice, band = tile / (8 * plan.across), high = smaller(8, plan.down - 8 * band);
+    const Index within = tile % (8 * plan.across);
+    const Index i0 = (8 * band + within % high) * Tile::kRows, j0 = within / high * Tile::kColumns;
+    const Source<In> a{static_cast<const In*>(g.a.data) + p * g.a.batch_stride + i0 * g.a.row_stride, g.a.row_stride,
+                       g.a.column_stride, int(smaller(Tile::kRows, g.n - i0))};
+    const Source<In> b{static_cast<const In*>(g.b.data) + p * g.b.batch_stride + j0 * g.b.row_stride, g.b.row_stride,
+                       g.b.column_stride, int(smaller(Tile::kColumns, g.m - j0))};
+    Out* out = to + ((slice * g.batch + p) * g.n + i0) * g.m + j0;
+    T sum[R][R] = {};
+    sum_over_rows<SquaredDifference, kRun, Tile>(
+        a, b, slice * plan.columns, smaller(g.d, (slice + 1) * plan.columns), shared, sum, [&](int k) {
+            const int thread = recomputed(int(threadIdx.x), k), j = tile_column(thread);
+            const int columns = b.count - j;
+            const bool first = k < kRun;
+            int i = tile_row(thread);
+            Out* row = out + i * g.m + j;
 #pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    const int i = Tile::down() + 16 * r;
-                    Out* row = out + i * g.m + Tile::across();
+            for (int r = 0; r < R; ++r, i += 16, row += 16 * g.m) {
+                const int here = i < a.count ? columns : 0;
+                Out before[R];
 #pragma unroll
-                    for (int c = 0; c < R; ++c)
-                        if (i < rows && Tile::across() + 16 * c < columns) {
-                            const Out half = Out(T(0.5) * sum[r][c]);
-                            row[16 * c] = first ? half : row[16 * c] + half;
-                        }
-                }
-            });
-    }
+                for (int c = 0; c < R; ++c) before[c] = 16 * c < here && !first ? row[16 * c] : Out(0);
+#pragma unroll
+                for (int c = 0; c < R; ++c)
+                    if (16 * c < here) row[16 * c] = before[c] + Out(T(0.5) * sum[r][c]);
+            }
+        });
 }
 
 // out [count] = sum over slices of from [slices, count], in order; zero without any.
@@ -87,10 +93,13 @@ Status run(const NeuronDistancesArgs& g, void* workspace, void* stream) {
         return status;
     }
     Out* to = plan.slices > 1 ? static_cast<Out*>(workspace) : out;
-    const std::size_t shared = SharedSize().add(sizeof(S), 4 * Tile<S, R, Depth>::kSize).bytes();
-    if (failed(status,
-               launch(distances_kernel<In, S, T, Out, R, Depth>, g.batch * plan.down * plan.across * plan.slices,
-                      kTileThreads, shared, stream, false, g, plan, to)))
+    SharedSize shared;
+    Pieces<In, Tile<S, R, R, Depth>>::count(shared);
+    if (failed(status, launch_in_turn(in_words<In>(g.a) && in_words<In>(g.b)
+                                          ? distances_kernel<WordRows, In, S, T, Out, R, Depth>
+                                          : distances_kernel<Rows, In, S, T, Out, R, Depth>,
+                                      g.batch * plan.down * plan.across * plan.slices, kTileThreads, shared.bytes(),
+                                      stream, g, plan, to)))
         return status;
     if (plan.slices > 1)
         failed(status, launch_over(add_slices_kernel<Out>, count, 256, stream, to, plan.slices, count, out));

@@ -1,10 +1,14 @@
 // A tile of sums over pairs of rows, the inner loop of every large product here:
 //
-//     sum[i, j] += sum_k Op(a[i, k], b[j, k])         a, b in shared memory [kSide, kPitch], row after row
+//     sum[i, j] += sum_k Op(a[i, k], b[j, k])         a, b in shared memory, row after row, kPitch apart
 //
-// 256 threads, each with R x R sums in registers: rows ty + 16 i of a, rows tx + 16 j of b. A warp is 8 wide and 4 high, so
-// that each of its 16-byte loads, along k, is 8 or 4 different rows: one pass through the banks, as the pitch is an odd
-// number of 16-byte words.
+// 256 threads, each with RA x RB sums in registers: rows ty + 16 i of a, rows tx + 16 j of b. A warp is 8 wide and 4 high,
+// so that each of its 16-byte loads, along k, is of 8 or 4 different rows: all in other banks, as the pitch is an odd number
+// of 16-byte words. For four columns of float32 a thread loads RA + RB words and takes 4 RA RB steps: 16 and 256 at 8 x 8.
+//
+// 8 x 8 must fit into 128 registers, of which sums and words take 100, for two blocks to share a processor. So the next piece
+// waits in shared memory and not in registers, what a thread needs to know to bring it is worked out again each time, and
+// the steps through a piece are unrolled: there are no addresses to keep.
 #pragma once
 
 #include <type_traits>
@@ -15,6 +19,7 @@
 namespace mtz::cuda {
 
 constexpr int kTileThreads = 256;
+constexpr int kNoRuns = 1 << 30;  // for sums that are taken at the end only
 
 // A float64 number as the sum of two float32: the difference of two such, (x.high - y.high) + (x.low - y.low), keeps 24
 // good bits wherever float64 would, and takes no float64 arithmetic, which is slow on most GPUs.
@@ -53,178 +58,222 @@ struct Product {
     }
 };
 
-template <class S, int R, int Depth>
+// Where a thread's sums are: rows of a from tile_row(), of b from tile_column(), in steps of 16. Lanes next to each other
+// share a row of b, and those two apart a row of a.
+__device__ __forceinline__ int tile_row(int thread) {
+    return thread / kWarp / 2 * 4 + thread % kWarp / 16 * 2 + thread % 2;
+}
+__device__ __forceinline__ int tile_column(int thread) {
+    return thread / kWarp % 2 * 8 + thread % kWarp / 2 % 8;
+}
+
+template <class S_, int RA, int RB, int Depth>
 struct Tile {
-    static constexpr int kSide = 16 * R, kDepth = Depth, kPitch = Depth + Word<S>::kCount;
-    static constexpr int kSize = kSide * kPitch;  // elements of one operand in shared memory
+    using S = S_;
+    static constexpr int kRows = 16 * RA, kColumns = 16 * RB, kDepth = Depth, kPitch = Depth + Word<S>::kCount;
+    static constexpr int kSizeA = kRows * kPitch, kSizeB = kColumns * kPitch;  // elements in shared memory
     static_assert(Depth / Word<S>::kCount % 2 == 0, "the pitch must be an odd number of words");
 
-    // Where this thread's sums are: rows of a from down(), of b from across(), in steps of 16.
-    __device__ static __forceinline__ int across() {
-        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-        return warp % 2 * 8 + lane % 8;
-    }
-    __device__ static __forceinline__ int down() {
-        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-        return warp / 2 * 4 + lane / 8;
-    }
-
     template <class Op, class T>
-    __device__ static __forceinline__ void add(const S* a, const S* b, T (&sum)[R][R]) {
+    __device__ static __forceinline__ void add(const S* a, const S* b, T (&sum)[RA][RB]) {
         using W = Word<S>;
-        const W* rows = reinterpret_cast<const W*>(a + down() * kPitch);
-        const W* columns = reinterpret_cast<const W*>(b + across() * kPitch);
+        const W* rows = reinterpret_cast<const W*>(a + tile_row(int(threadIdx.x)) * kPitch);
+        const W* columns = reinterpret_cast<const W*>(b + tile_column(int(threadIdx.x)) * kPitch);
         constexpr int pitch = 16 * kPitch / W::kCount;
-#pragma unroll 2
+#pragma unroll
         for (int k = 0; k < Depth / W::kCount; ++k) {
-            W y[R];
+            W y[RB];
 #pragma unroll
-            for (int j = 0; j < R; ++j) y[j] = columns[j * pitch + k];
+            for (int j = 0; j < RB; ++j) y[j] = columns[j * pitch + k];
 #pragma unroll
-            for (int i = 0; i < R; ++i) {
+            for (int i = 0; i < RA; ++i) {
                 const W x = rows[i * pitch + k];
 #pragma unroll
                 for (int e = 0; e < W::kCount; ++e)
 #pragma unroll
-                    for (int j = 0; j < R; ++j) sum[i][j] = Op::add(x.at[e], y[j].at[e], sum[i][j]);
+                    for (int j = 0; j < RB; ++j) sum[i][j] = Op::add(x.at[e], y[j].at[e], sum[i][j]);
             }
         }
     }
 };
 
-// Rows of the caller's memory, [count, depth], as an operand of a tile. What an operand has to say: where element (i, k) is,
-// or that it is zero (null), with what is common to a column worked out once; and whether 16 bytes along k are contiguous.
+template <class S>
+__device__ __forceinline__ S converted(S x) {
+    return x;
+}
+template <class S>
+__device__ __forceinline__ std::enable_if_t<std::is_same_v<S, Split>, S> converted(double x) {
+    return split(x);
+}
+template <class S>
+__device__ __forceinline__ S converted(Half x) {
+    return to_float(x);
+}
+template <class S>
+__device__ __forceinline__ S converted(BFloat16 x) {
+    return to_float(x);
+}
+
+// An operand says where element (i, k) is, with what is common to a column worked out once; null is a zero. This one is
+// rows of the caller's memory, [count, depth], count at least 1. Rows of a tile beyond the last one are the last one again:
+// their sums are not looked at.
 template <class In>
 struct Rows {
     using Element = In;
+    static constexpr bool kWords = false;
     const In* data;
-    Index row_stride, column_stride, count;
+    Index row_stride, column_stride;
+    int count;
 
-    __device__ __forceinline__ Index column(Index k) const { return k; }
-    __device__ __forceinline__ const In* at(Index i, Index k) const {
-        return i < count ? data + i * row_stride + k * column_stride : nullptr;
-    }
-    __device__ __forceinline__ bool whole_words() const {
-        return column_stride == 1 && row_stride % (16 / Index(sizeof(In))) == 0 &&
-               reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    __device__ __forceinline__ Index column(Index k) const { return k * column_stride; }
+    __device__ __forceinline__ const In* at(int i, Index column) const {
+        return data + (i < count ? i : count - 1) * row_stride + column;
     }
 };
 
-__device__ __forceinline__ Split converted(double x) {
-    return split(x);
-}
-__device__ __forceinline__ float converted(Half x) {
-    return to_float(x);
-}
-__device__ __forceinline__ float converted(BFloat16 x) {
-    return to_float(x);
+// The same where rows are contiguous and each begins at a multiple of 16 bytes.
+template <class In>
+struct WordRows {
+    using Element = In;
+    static constexpr bool kWords = true;
+    const In* data;
+    Index row_stride, column_stride;
+    int count;
+};
+
+// Whether all rows of a batch begin so.
+template <class In>
+bool in_words(const Matrices& m) {
+    constexpr Index wide = Word<In>::kCount;
+    return m.column_stride == 1 && m.row_stride % wide == 0 && m.batch_stride % wide == 0 &&
+           reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
 }
 
-// Brings pieces [kSide, kDepth] of an operand into shared memory, zero from column `last` on: asynchronously where no
-// conversion is needed, else through registers (fetch before the work on the piece before, put after it).
-template <class Source, class S, class Tile>
-struct Piece {
+// Shared memory for pieces of two operands: one of each that is worked on, and the next one as it lies in memory, which
+// each thread copies its part of and converts itself. A second piece that is ready would save a barrier of the two a piece
+// takes, but not fit the registers.
+template <class In, class Tile>
+struct Pieces {
+    using S = typename Tile::S;
+    static constexpr int kRawA = Tile::kRows * Tile::kDepth, kRawB = Tile::kColumns * Tile::kDepth;  // elements
+    S *a, *b;
+    In *raw_a, *raw_b;
+
+    __device__ __forceinline__ explicit Pieces(SharedMemory& memory) {
+        a = memory.take<S>(Tile::kSizeA);
+        b = memory.take<S>(Tile::kSizeB);
+        raw_a = memory.take<In>(kRawA);
+        raw_b = memory.take<In>(kRawB);
+    }
+    static void count(SharedSize& size) {
+        size.add(sizeof(S), Tile::kSizeA).add(sizeof(S), Tile::kSizeB).add(sizeof(In), kRawA).add(sizeof(In), kRawB);
+    }
+};
+
+// This thread's part of bringing pieces [Side, Depth] of columns first ... first + count - 1 of an operand into shared
+// memory, zero behind them: start() copies, asynchronously where the hardware can, and after a wait finish() converts.
+template <class Source, class Tile, int Side, bool = Source::kWords>
+struct Piece {  // in single elements
     using In = typename Source::Element;
-    static constexpr bool kDirect = std::is_same_v<In, S>;
-    static constexpr int kDown = kTileThreads / Tile::kDepth, kEach = Tile::kSide / kDown;
+    using S = typename Tile::S;
+    static constexpr int kDown = kTileThreads / Tile::kDepth, kEach = Side / kDown;
     const Source& source;
-    Index last;
-    bool words;
-    S held[kDirect ? 1 : kEach];
+    Index first;
+    int count;
 
-    __device__ __forceinline__ Piece(const Source& from, Index end)
-        : source(from), last(end), words(kDirect && from.whole_words()) {}
-
-    __device__ __forceinline__ void start(Index k0, S* shared) const {
-        if (words) {
-            constexpr int wide = Word<S>::kCount, per_row = Tile::kDepth / wide;
-            for (int e = int(threadIdx.x); e < Tile::kSide * per_row; e += kTileThreads) {
-                const int i = e / per_row, within = e % per_row * wide;
-                const In* from = k0 + within < last ? source.at(i, source.column(k0 + within)) : nullptr;
-                const int valid = from ? int(smaller(wide, last - k0 - within)) : 0;
-                copy_async<16>(shared + i * Tile::kPitch + within, from, valid * int(sizeof(S)));
-            }
-            return;
-        }
-        const int within = int(threadIdx.x) % Tile::kDepth, first = int(threadIdx.x) / Tile::kDepth;
-        const bool inside = k0 + within < last;
-        const auto column = source.column(inside ? k0 + within : 0);
+    __device__ __forceinline__ void start(int k, In* raw) const {
+        const int x = int(threadIdx.x) % Tile::kDepth, y = int(threadIdx.x) / Tile::kDepth;
+        const bool inside = k + x < count;
+        const auto column = source.column(inside ? first + k + x : 0);
+#pragma unroll 1
         for (int e = 0; e < kEach; ++e) {
-            const int i = first + e * kDown;
-            const In* from = inside ? source.at(i, column) : nullptr;
-            copy_async<sizeof(S)>(shared + i * Tile::kPitch + within, from, from ? int(sizeof(S)) : 0);
+            const In* from = inside ? source.at(y + e * kDown, column) : nullptr;
+            In* to = raw + e * kTileThreads + threadIdx.x;
+            if constexpr (sizeof(In) >= 4)
+                copy_async<sizeof(In)>(to, from, from ? int(sizeof(In)) : 0);
+            else
+                *to = from ? *from : In{};
         }
     }
-    __device__ __forceinline__ void fetch(Index k0) {
-        const int within = int(threadIdx.x) % Tile::kDepth, first = int(threadIdx.x) / Tile::kDepth;
-        const bool inside = k0 + within < last;
-        const auto column = source.column(inside ? k0 + within : 0);
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) {
-            const In* from = inside ? source.at(first + e * kDown, column) : nullptr;
-            held[e] = from ? converted(*from) : S{};
-        }
-    }
-    __device__ __forceinline__ void put(S* shared) const {
-        const int within = int(threadIdx.x) % Tile::kDepth, first = int(threadIdx.x) / Tile::kDepth;
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) shared[(first + e * kDown) * Tile::kPitch + within] = held[e];
+    __device__ __forceinline__ void finish(S* ready, const In* raw) const {
+        const int x = int(threadIdx.x) % Tile::kDepth, y = int(threadIdx.x) / Tile::kDepth;
+#pragma unroll 1
+        for (int e = 0; e < kEach; ++e)
+            ready[(y + e * kDown) * Tile::kPitch + x] = converted<S>(raw[e * kTileThreads + threadIdx.x]);
     }
 };
 
-// Columns first ... last - 1 of all pairs of rows of a tile, in pieces, the next on its way while one is worked on; after
-// every `run` columns (a multiple of the depth) and at the end sums go to `flush(sum, first run)` and start again from 0.
-// `shared` has 4 * Tile::kSize elements, free when all threads have arrived; a barrier must follow before they change.
-template <class Op, class S, class T, int R, int Depth, class Source, class Flush>
-__device__ __forceinline__ void sum_over_rows(const Source& a, const Source& b, Index first, Index last, Index run,
-                                              S* shared, Flush&& flush) {
-    using Tile = Tile<S, R, Depth>;
-    using Operand = Piece<Source, S, Tile>;
-    T sum[R][R] = {};
-    Operand piece_a(a, last), piece_b(b, last);
-    const auto at = [&](int buffer) { return shared + buffer * 2 * Tile::kSize; };
-    if constexpr (Operand::kDirect) {
-        piece_a.start(first, at(0));
-        piece_b.start(first, at(0) + Tile::kSize);
-        copy_async_commit();
-    } else {
-        piece_a.fetch(first);
-        piece_b.fetch(first);
-        piece_a.put(at(0));
-        piece_b.put(at(0) + Tile::kSize);
+template <class Source, class Tile, int Side>
+struct Piece<Source, Tile, Side, true> {  // in words; `first` is at the beginning of one
+    using In = typename Source::Element;
+    using S = typename Tile::S;
+    static constexpr int kWide = Word<In>::kCount, kAcross = Tile::kDepth / kWide, kDown = kTileThreads / kAcross;
+    static constexpr int kWords = Side / kDown;
+    static_assert(kWords >= 1, "a word for every thread");
+    const Source& source;
+    Index first;
+    int count;
+
+    __device__ __forceinline__ void start(int k, In* raw) const {
+        const int thread = recomputed(int(threadIdx.x), k), y = thread / kAcross, x = thread % kAcross * kWide;
+        const int left = count - k - x, valid = left < 0 ? 0 : left < kWide ? left : kWide;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            const int i = y + w * kDown, row = i < source.count ? i : source.count - 1;
+            copy_async<16>(raw + (w * kTileThreads + thread) * kWide,
+                           source.data + row * source.row_stride + first + k + x, valid * int(sizeof(In)));
+        }
     }
-    int buffer = 0;
-    Index flushed = first;
-    for (Index k = first; k < last; k += Depth, buffer ^= 1) {
-        if constexpr (Operand::kDirect) copy_async_wait<0>();
-        sync_block();  // this piece is complete, and all threads are done with the one before it
-        const bool more = k + Depth < last;
-        S* next = at(buffer ^ 1);
-        if (more) {
-            if constexpr (Operand::kDirect) {
-                piece_a.start(k + Depth, next);
-                piece_b.start(k + Depth, next + Tile::kSize);
-                copy_async_commit();
-            } else {
-                piece_a.fetch(k + Depth);
-                piece_b.fetch(k + Depth);
+    __device__ __forceinline__ void finish(S* ready, const In* raw) const {
+        const int thread = int(threadIdx.x), y = thread / kAcross, x = thread % kAcross * kWide;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            const Word<In> word = reinterpret_cast<const Word<In>*>(raw)[w * kTileThreads + thread];
+            S* to = ready + (y + w * kDown) * Tile::kPitch + x;
+#pragma unroll
+            for (int e = 0; e < kWide; e += Word<S>::kCount) {
+                Word<S> part;
+#pragma unroll
+                for (int f = 0; f < Word<S>::kCount; ++f) part.at[f] = converted<S>(word.at[e + f]);
+                *reinterpret_cast<Word<S>*>(to + e) = part;
             }
         }
-        Tile::template add<Op>(at(buffer), at(buffer) + Tile::kSize, sum);
-        if constexpr (!Operand::kDirect) {
-            if (more) {
-                piece_a.put(next);
-                piece_b.put(next + Tile::kSize);
-            }
-        }
-        if (!more || k + Depth - flushed >= run) {
-            flush(sum, flushed == first);
-            flushed = k + Depth;
+    }
+};
+
+// Adds columns first ... last - 1 (fewer than 2^31) of all pairs of rows of a tile to `sum`, in pieces, the next on its way
+// while one is worked on. After every Run columns and at the end flush(columns before the last piece) takes the sums, which
+// start again from 0.
+template <class Op, int Run, class Tile, class T, int RA, int RB, class SourceA, class SourceB, class Flush>
+__device__ __forceinline__ void sum_over_rows(const SourceA& a, const SourceB& b, Index first, Index last,
+                                              const Pieces<typename SourceA::Element, Tile>& shared, T (&sum)[RA][RB],
+                                              Flush&& flush) {
+    constexpr int Depth = Tile::kDepth;
+    static_assert(Run % Depth == 0, "a run is whole pieces");
+    static_assert(Tile::kRows == 16 * RA && Tile::kColumns == 16 * RB);
+    const int count = int(last - first);
+    const Piece<SourceA, Tile, Tile::kRows> piece_a{a, first, count};
+    const Piece<SourceB, Tile, Tile::kColumns> piece_b{b, first, count};
+    const auto start = [&](int k) {
+        piece_a.start(k, shared.raw_a);
+        piece_b.start(k, shared.raw_b);
+        copy_async_commit();
+    };
+    if (count > 0) start(0);
+    for (int k = 0; k < count; k += Depth) {
+        copy_async_wait<0>();
+        sync_block();  // all threads are done with the piece before this one
+        piece_a.finish(shared.a, shared.raw_a);
+        piece_b.finish(shared.b, shared.raw_b);
+        if (k + Depth < count) start(k + Depth);
+        sync_block();  // all of this piece is there
+        Tile::template add<Op>(shared.a, shared.b, sum);
+        if ((k + Depth) % Run != 0 && k + Depth < count) continue;
+        flush(k);
 #pragma unroll
-            for (int i = 0; i < R; ++i)
+        for (int i = 0; i < RA; ++i)
 #pragma unroll
-                for (int j = 0; j < R; ++j) sum[i][j] = T(0);
-        }
+            for (int j = 0; j < RB; ++j) sum[i][j] = T(0);
     }
 }
 

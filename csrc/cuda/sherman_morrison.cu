@@ -56,8 +56,8 @@ std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs& g) {
 }
 
 Status sherman_morrison(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
-    if (g.vector_scalar != g.scalar || (g.scalar != Scalar::float32 && g.scalar != Scalar::float64))
-        return {Code::unsupported};
+    const bool half = g.vector_scalar == Scalar::float16 || g.vector_scalar == Scalar::bfloat16;
+    if (!(g.vector_scalar == g.scalar && !half) && !(g.scalar == Scalar::float32 && half)) return {Code::unsupported};
     if (g.d * g.k == 0) return status_of(launch_over(nothing_kernel, g.batch, 256, stream, g));
     return g.scalar == Scalar::float32 ? run<float>(g, workspace, stream) : run<double>(g, workspace, stream);
 }

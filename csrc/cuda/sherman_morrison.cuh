@@ -16,24 +16,34 @@ namespace mtz::cuda {
 // order [batch, k]: all weights >= 0 first, each part as it came, NaN among the rest; status <- kUpdated.
 cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream);
 
+template <class T>
+__device__ __forceinline__ T load_vector_element(const ShermanMorrisonArgs& g, Index at) {
+    if constexpr (sizeof(T) == 4) {  // the same for all threads
+        if (g.vector_scalar == Scalar::float16) return to_float(static_cast<const Half*>(g.vectors.data)[at]);
+        if (g.vector_scalar == Scalar::bfloat16) return to_float(static_cast<const BFloat16*>(g.vectors.data)[at]);
+    }
+    return static_cast<const T*>(g.vectors.data)[at];
+}
+
 // Vector number `at` in order, scaled: element j is root * x[j].
 template <class T>
 struct Scaled {
-    const T* x;
+    Index start;
+    bool any;
     T root;
     double sign;
 
     __device__ __forceinline__ Scaled(const ShermanMorrisonArgs& g, const Index* order, Index p, Index at)
-        : x(nullptr), root(0), sign(1) {
-        if (at >= g.k) return;
+        : start(0), any(at < g.k), root(0), sign(1) {
+        if (!any) return;
         const Index q = order[p * g.k + at];
         const double w = g.weight[p * g.weight_batch_stride + q * g.weight_stride];
-        x = static_cast<const T*>(g.vectors.data) + p * g.vectors.batch_stride + q * g.vectors.row_stride;
+        start = p * g.vectors.batch_stride + q * g.vectors.row_stride;
         root = T(square_root(w < 0 ? -w : w));
         sign = w < 0 ? -1 : 1;
     }
     __device__ __forceinline__ T at(const ShermanMorrisonArgs& g, Index j) const {
-        return x ? root * x[j * g.vectors.column_stride] : T(0);
+        return any ? root * load_vector_element<T>(g, start + j * g.vectors.column_stride) : T(0);
     }
 };
 

@@ -1,6 +1,12 @@
-// Large inverses, all of a batch at once, in place: for a block of K vectors V = Y A^-1 (tiles, the inner dimension in
-// slices), S = D + V Y^T and its pivots (one block of threads a matrix), L^-1 V, and A^-1 -= V^T D V (tiles of the upper
+// Large inverses, all of a batch at once, in place: for a block of K vectors V = Y A^-1 (tiles of K x 128, the inner dimension
+// in slices), S = D + V Y^T and its pivots (one block of threads a matrix), L^-1 V, and A^-1 -= V^T D V (tiles of the upper
 // triangle, mirrored through shared memory). See cuda/sherman_morrison.cuh for the formula.
+//
+// Of 3 K d^2 operations, two thirds are V and one third the update, both on the whole grid: V takes 12 loads of shared
+// memory for 128 multiply-adds a thread, the update 8 for 64. Beside the matrix, which is read twice and written once a
+// block of vectors, slices of V are written and read, 2 K d elements each. What is left is K^2 d operations for S and as
+// many for L^-1 V, and K^3 / 6 for the pivots, which are one after another: K barriers in one block of threads, with S in
+// registers. So it takes d of some thousands for products to be most of the time.
 //
 // Whether a block of vectors may be put in is known before anything is written. A later block may still fail, so with more
 // than one a copy is kept, and put back where it did.
@@ -11,25 +17,37 @@ namespace mtz::cuda {
 namespace {
 
 constexpr int K = 64, kThreads = 256;
-constexpr Index kSlice = 256;  // inner dimension of a product
+constexpr Index kLeastSlice = 256;  // of the inner dimension of V
+constexpr Index kEnoughBlocks = 264;
+
+// Columns of V a thread has, which are rows of A^-1: as many as its registers take.
+template <class T>
+constexpr int kAcross = sizeof(T) == 4 ? 8 : 4;
+template <class T>
+using VTile = Tile<T, kAcross<T>, K / 16, 16>;
+template <class T>
+using UpdateTile = Tile<T, K / 16, K / 16, 16>;
 
 template <class T>
 struct Large {
     ShermanMorrisonArgs g;
-    Index pitch, slices;
-    Index* order;   // [batch, k]
-    T* y;           // [batch, K, pitch]
-    T* partial;     // [slices, batch, K, pitch]   of V
-    T* v;           // [batch, K, pitch]
-    double* s;      // [batch, K, K]               lower triangle of V Y^T
-    double* sign;   // [batch, K]
-    T* l;           // [batch, K, K]               L below the diagonal, |p|^-1/2 on it
-    T *vt, *minus;  // [batch, d, K]               the new V^T; -V^T D
-    T* copy;        // [batch, d, d]               if there are several blocks
+    Index pitch, across, length, slices;  // of a row of Y; tiles of V; slices of the inner dimension
+    Index* order;                         // [batch, k]
+    T* y;                                 // [batch, K, pitch]
+    T* partial;                           // [slices, batch, K, pitch]   of V
+    T* v;                                 // [batch, K, pitch]
+    double* s;                            // [batch, K, K]               lower triangle of V Y^T
+    double* sign;                         // [batch, K]
+    T* l;                                 // [batch, K, K]               L^T beyond the diagonal, |p|^-1/2 on it
+    T *vt, *minus;                        // [batch, d, K]               the new V^T; -V^T D
+    T* copy;                              // [batch, d, d]               if there are several blocks
 
     Large(const ShermanMorrisonArgs& args, Workspace& space) : g(args) {
         pitch = ceil_div(g.d, 4) * 4;
-        slices = ceil_div(g.d, kSlice);
+        across = ceil_div(g.d, VTile<T>::kRows);
+        const Index wanted = ceil_div(kEnoughBlocks, larger(1, g.batch * across));
+        length = ceil_div(ceil_div(g.d, smaller(wanted, ceil_div(g.d, kLeastSlice))), kLeastSlice) * kLeastSlice;
+        slices = ceil_div(g.d, length);
         order = space.take<Index>(g.batch * g.k);
         y = space.take<T>(g.batch * K * pitch);
         partial = space.take<T>(slices * g.batch * K * pitch);
@@ -78,34 +96,33 @@ __global__ void scale_kernel(Large<T> w, Index first) {
     }
 }
 
-using Tile4 = Tile<float, 4, 16>;
-static_assert(Tile4::kSide == K, "a tile is a block of vectors high");
-
 // partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[j, i]
-template <class T>
-__global__ void __launch_bounds__(kTileThreads) multiply_kernel(Large<T> w) {
-    T* shared = SharedMemory().take<T>(4 * Tile<T, 4, 16>::kSize);
+template <class T, template <class> class Source>
+__global__ void __launch_bounds__(kTileThreads, 2) multiply_kernel(Index first_block, Large<T> w) {
+    constexpr int RA = kAcross<T>, RB = K / 16;
+    SharedMemory memory;
+    const Pieces<T, VTile<T>> shared(memory);
     const ShermanMorrisonArgs& g = w.g;
-    const Index tiles = ceil_div(g.d, K);
-    for (Index block = blockIdx.x; block < g.batch * tiles * w.slices; block += gridDim.x) {
-        const Index p = block / (tiles * w.slices), slice = block / tiles % w.slices, j0 = block % tiles * K;
-        if (w.skipped(p)) continue;
-        const Rows<T> y{w.y + p * K * w.pitch, w.pitch, 1, K};
-        const Rows<T> matrix{w.inverse(p) + j0 * g.inverse_row_stride, g.inverse_row_stride, 1, g.d - j0};
-        T* to = w.partial + (slice * g.batch + p) * K * w.pitch + j0;
-        sync_block();
-        sum_over_rows<Product, T, T, 4, 16>(y, matrix, slice * kSlice, smaller(g.d, (slice + 1) * kSlice), kSlice,
-                                            shared, [&](const T(&sum)[4][4], bool) {
+    const Index block = first_block + blockIdx.x, p = block / (w.across * w.slices),
+                slice = block / w.across % w.slices;
+    const Index j0 = block % w.across * VTile<T>::kRows;
+    if (w.skipped(p)) return;
+    const Source<T> matrix{w.inverse(p) + j0 * g.inverse_row_stride, g.inverse_row_stride, 1,
+                           int(smaller(VTile<T>::kRows, g.d - j0))};
+    const WordRows<T> y{w.y + p * K * w.pitch, w.pitch, 1, K};
+    T* to = w.partial + (slice * g.batch + p) * K * w.pitch + j0;
+    T sum[RA][RB] = {};
+    sum_over_rows<Product, kNoRuns, VTile<T>>(
+        matrix, y, slice * w.length, smaller(g.d, (slice + 1) * w.length), shared, sum, [&](int k) {
+            const int thread = recomputed(int(threadIdx.x), k);
 #pragma unroll
-                                                for (int r = 0; r < 4; ++r)
+            for (int r = 0; r < RA; ++r)
 #pragma unroll
-                                                    for (int c = 0; c < 4; ++c) {
-                                                        const int q = Tile4::down() + 16 * r,
-                                                                  j = Tile4::across() + 16 * c;
-                                                        if (j0 + j < g.d) to[q * w.pitch + j] = sum[r][c];
-                                                    }
-                                            });
-    }
+                for (int c = 0; c < RB; ++c) {
+                    const int j = tile_row(thread) + 16 * r, q = tile_column(thread) + 16 * c;
+                    if (j < matrix.count) to[q * w.pitch + j] = sum[r][c];
+                }
+        });
 }
 
 template <class T>
@@ -119,10 +136,10 @@ __global__ void add_slices_kernel(Large<T> w) {
     }
 }
 
-// s[p, q, r] = sum_j V[q, j] Y[r, j], a warp for 4 x 4 of them
+// s[p, q, r] = sum_j V[q, j] Y[r, j], a warp for 4 x 4 of them; rows end in zeros
 template <class T>
 __global__ void __launch_bounds__(kThreads) small_product_kernel(Large<T> w) {
-    constexpr int side = K / 4;
+    constexpr int side = K / 4, wide = Word<T>::kCount;
     const int lane = int(threadIdx.x) % kWarp;
     const Index warp = first_item() / kWarp, warps = item_step() / kWarp;
     for (Index e = warp; e < w.g.batch * side * side; e += warps) {
@@ -131,15 +148,17 @@ __global__ void __launch_bounds__(kThreads) small_product_kernel(Large<T> w) {
         if (r > q || w.skipped(p)) continue;  // the same for the whole warp
         const T *v = w.v + (p * K + q) * w.pitch, *y = w.y + (p * K + r) * w.pitch;
         T sum[4][4] = {};
-        for (Index j = lane; j < w.g.d; j += kWarp) {
-            T b[4];
+        for (Index j = lane * wide; j < w.pitch; j += kWarp * wide) {
+            Word<T> b[4];
 #pragma unroll
-            for (int c = 0; c < 4; ++c) b[c] = y[c * w.pitch + j];
+            for (int c = 0; c < 4; ++c) b[c] = *reinterpret_cast<const Word<T>*>(y + c * w.pitch + j);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const T a = v[i * w.pitch + j];
+                const Word<T> a = *reinterpret_cast<const Word<T>*>(v + i * w.pitch + j);
 #pragma unroll
-                for (int c = 0; c < 4; ++c) sum[i][c] = multiply_add(a, b[c], sum[i][c]);
+                for (int c = 0; c < 4; ++c)
+#pragma unroll
+                    for (int f = 0; f < wide; ++f) sum[i][c] = multiply_add(a.at[f], b[c].at[f], sum[i][c]);
             }
         }
 #pragma unroll
@@ -154,59 +173,92 @@ __global__ void __launch_bounds__(kThreads) small_product_kernel(Large<T> w) {
     }
 }
 
+// L diag(p) L^T of S = D + V Y^T, the lower triangle in registers: thread (y, x) of 16 x 16 has rows y + 16 a, columns
+// x + 16 b, a >= b. Each step publishes the next column, by turns in two places, so that one barrier a pivot is enough.
 template <class T>
 __global__ void __launch_bounds__(kThreads) factor_kernel(Large<T> w) {
+    constexpr int R = K / 16;
     SharedMemory memory;
-    double* s = memory.take<double>(K * (K + 1));
-    double* sign = memory.take<double>(3 * K);
-    double *inverse_pivot = sign + K, *size = inverse_pivot + K;
+    double* column = memory.take<double>(2 * K);
+    const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+    const double doubt = rounding<T>(w.g.d);
     for (Index p = blockIdx.x; p < w.g.batch; p += gridDim.x) {
         if (w.skipped(p)) continue;
-        sync_block();
-        for (int e = int(threadIdx.x); e < K * K; e += kThreads)
-            if (e % K <= e / K) s[e / K * (K + 1) + e % K] = w.s[p * K * K + e];
-        for (int q = int(threadIdx.x); q < K; q += kThreads) sign[q] = w.sign[p * K + q];
-        const int status = factor_pivots<K>(s, sign, rounding<T>(w.g.d), inverse_pivot, size);
+        const double* from = w.s + p * K * K;
+        T* to = w.l + p * K * K;
+        double s[R][R];
+#pragma unroll
+        for (int a = 0; a < R; ++a)
+#pragma unroll
+            for (int b = 0; b <= a; ++b) {
+                const int i = y + 16 * a, k = x + 16 * b;
+                s[a][b] = k < i ? from[i * K + k] : k == i ? from[i * K + k] + w.sign[p * K + i] : 0;
+            }
+        sync_block();  // the last column of the matrix before this one has been read
+        if (x == 0) {
+#pragma unroll
+            for (int a = 0; a < R; ++a) column[y + 16 * a] = s[a][0];
+        }
+        int status = kUpdated;
+#pragma unroll
+        for (int m = 0; m < R; ++m)  // columns 16 m ... of which R - m blocks of rows are left
+            for (int j = 16 * m; j < 16 * m + 16 && status == kUpdated; ++j) {
+                sync_block();  // this column is there, and the one before the last may be overwritten
+                const double *now = column + j % 2 * K, sign = w.sign[p * K + j];
+                double pivot = now[j];
+                status = judge_pivot(sign, from[j * K + j], doubt, pivot);
+                if (status != kUpdated) break;  // every thread sees the same
+                const double inverse = 1 / pivot;
+                double* next = column + (j + 1) % 2 * K;
+#pragma unroll
+                for (int a = m; a < R; ++a) {
+                    const double scaled = now[y + 16 * a] * inverse;
+                    if (x == j % 16) {
+                        // L below the diagonal, |p|^-1/2 on it
+                        const int i = y + 16 * a;
+                        if (i >= j)
+                            to[j * K + i] = i > j ? T(scaled) : T(square_root(inverse < 0 ? -inverse : inverse));
+                    }
+#pragma unroll
+                    for (int b = m; b <= a; ++b) {
+                        const int k = x + 16 * b;
+                        s[a][b] = multiply_add(-scaled, now[k], s[a][b]);
+                        if (k == j + 1) next[y + 16 * a] = s[a][b];
+                    }
+                }
+            }
         if (status != kUpdated) {
             sync_block();  // nobody may see the new status at the top of this loop's body
             if (threadIdx.x == 0) w.g.status[p] = status;
-            continue;
-        }
-        for (int e = int(threadIdx.x); e < K * K; e += kThreads) {
-            const int q = e / K, r = e % K;
-            const double pivot = inverse_pivot[q];
-            w.l[p * K * K + e] = r < q    ? T(s[q * (K + 1) + r] * inverse_pivot[r])
-                                 : r == q ? T(square_root(pivot < 0 ? -pivot : pivot))
-                                          : T(0);
         }
     }
 }
 
-// V <- diag(|p|)^-1/2 L^-1 V, a column a thread, and what the diagonal will be.
+// V <- diag(|p|)^-1/2 L^-1 V, a column a thread, and what the diagonal will be. As soon as a row is known it is taken out
+// of all others, which do not wait for each other.
 template <class T>
 __global__ void __launch_bounds__(K) solve_kernel(Large<T> w) {
     SharedMemory memory;
-    T* l = memory.take<T>(K * K);
+    T* l = memory.take<T>(K * K);  // L^T
     T* minus_sign = memory.take<T>(K);
     const ShermanMorrisonArgs& g = w.g;
     const Index parts = ceil_div(g.d, K);
     for (Index block = blockIdx.x; block < g.batch * parts; block += gridDim.x) {
         const Index p = block / parts, j = block % parts * K + threadIdx.x;
         sync_block();
-        for (int e = int(threadIdx.x); e < K * K; e += K) l[e] = w.l[p * K * K + e];
+        for (int e = int(threadIdx.x); e < K * K; e += K)
+            if (e % K >= e / K) l[e] = w.l[p * K * K + e];
         minus_sign[threadIdx.x] = T(-w.sign[p * K + threadIdx.x]);
         sync_block();
         if (j >= g.d || w.skipped(p)) continue;
         T column[K];
         T diagonal = w.inverse(p)[j * g.inverse_row_stride + j];
 #pragma unroll
+        for (int q = 0; q < K; ++q) column[q] = w.v[(p * K + q) * w.pitch + j];
+#pragma unroll K
         for (int q = 0; q < K; ++q) {
-            column[q] = w.v[(p * K + q) * w.pitch + j];
-#pragma unroll
-            for (int r = 0; r < q; ++r) column[q] = multiply_add(-l[q * K + r], column[r], column[q]);
-        }
-#pragma unroll
-        for (int q = 0; q < K; ++q) {
+#pragma unroll K
+            for (int r = q + 1; r < K; ++r) column[r] = multiply_add(-l[q * K + r], column[q], column[r]);
             const T x = column[q] * l[q * K + q], y = x * minus_sign[q];
             w.vt[(p * g.d + j) * K + q] = x;
             w.minus[(p * g.d + j) * K + q] = y;
@@ -219,34 +271,37 @@ __global__ void __launch_bounds__(K) solve_kernel(Large<T> w) {
 
 // Tiles i0 <= j0 of A^-1 -= V^T D V, and their mirror images.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) update_kernel(Large<T> w) {
+__global__ void __launch_bounds__(kTileThreads, 2) update_kernel(Index first_block, Large<T> w) {
     SharedMemory memory;
-    T* shared = memory.take<T>(4 * Tile<T, 4, 16>::kSize);
+    const Pieces<T, UpdateTile<T>> shared(memory);
     T* stage = memory.take<T>(K * (K + 1));
     const ShermanMorrisonArgs& g = w.g;
-    const Index tiles = ceil_div(g.d, K), row = g.inverse_row_stride;
-    for (Index block = blockIdx.x; block < g.batch * tiles * tiles; block += gridDim.x) {
-        const Index p = block / (tiles * tiles), i0 = block / tiles % tiles * K, j0 = block % tiles * K;
-        if (i0 > j0 || w.skipped(p)) continue;
-        const Rows<T> a{w.minus + (p * g.d + i0) * K, K, 1, g.d - i0};
-        const Rows<T> b{w.vt + (p * g.d + j0) * K, K, 1, g.d - j0};
-        T *tile = w.inverse(p) + i0 * row + j0, *mirror = w.inverse(p) + j0 * row + i0;
-        sync_block();
-        sum_over_rows<Product, T, T, 4, 16>(a, b, 0, K, K, shared, [&](const T(&sum)[4][4], bool) {
+    const Index tiles = ceil_div(g.d, K), row = g.inverse_row_stride, block = first_block + blockIdx.x;
+    const Index p = block / (tiles * tiles), i0 = block / tiles % tiles * K, j0 = block % tiles * K;
+    if (i0 > j0 || w.skipped(p)) return;
+    const WordRows<T> a{w.minus + (p * g.d + i0) * K, K, 1, int(smaller(K, g.d - i0))};
+    const WordRows<T> b{w.vt + (p * g.d + j0) * K, K, 1, int(smaller(K, g.d - j0))};
+    T *tile = w.inverse(p) + i0 * row + j0, *mirror = w.inverse(p) + j0 * row + i0;
+    T sum[K / 16][K / 16] = {};
+    sum_over_rows<Product, K, UpdateTile<T>>(a, b, 0, K, shared, sum, [&](int) {
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
+        for (int r = 0; r < K / 16; ++r)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int i = Tile4::down() + 16 * r, j = Tile4::across() + 16 * c;
-                    if (i < a.count && j < b.count && i0 + i <= j0 + j)
-                        stage[i * (K + 1) + j] = tile[i * row + j] += sum[r][c];
-                }
-        });
-        sync_block();
-        for (int e = int(threadIdx.x); e < K * K; e += kTileThreads) {
-            const int j = e / K, i = e % K;
-            if (i < a.count && j < b.count && i0 + i < j0 + j) mirror[j * row + i] = stage[i * (K + 1) + j];
-        }
+            for (int c = 0; c < K / 16; ++c)
+                stage[(tile_row(int(threadIdx.x)) + 16 * r) * (K + 1) + tile_column(int(threadIdx.x)) + 16 * c] =
+                    sum[r][c];
+    });
+    sync_block();
+#pragma unroll 4
+    for (int e = int(threadIdx.x); e < K * K; e += kTileThreads) {
+        const int i = e / K, j = e % K;
+        if (i < a.count && j < b.count && i0 + i <= j0 + j)
+            stage[i * (K + 1) + j] = tile[i * row + j] += stage[i * (K + 1) + j];
+    }
+    sync_block();
+    for (int e = int(threadIdx.x); e < K * K; e += kTileThreads) {
+        const int j = e / K, i = e % K;
+        if (i < a.count && j < b.count && i0 + i < j0 + j) mirror[j * row + i] = stage[i * (K + 1) + j];
     }
 }
 
@@ -264,25 +319,29 @@ Status update_large(const ShermanMorrisonArgs& g, void* workspace, void* stream)
     Workspace space(workspace);
     const Large<T> w(g, space);
     const Index tiles = ceil_div(g.d, K);
-    const std::size_t pieces = SharedSize().add(sizeof(T), 4 * Tile<T, 4, 16>::kSize).bytes();
-    const std::size_t factor = SharedSize().add(sizeof(double), K * (K + 1)).add(sizeof(double), 3 * K).bytes();
+    SharedSize multiply, update;
+    Pieces<T, VTile<T>>::count(multiply);
+    Pieces<T, UpdateTile<T>>::count(update);
+    update.add(sizeof(T), K * (K + 1));
+    const std::size_t factor = SharedSize().add(sizeof(double), 2 * K).bytes();
     const std::size_t solve = SharedSize().add(sizeof(T), K * K).add(sizeof(T), K).bytes();
-    const std::size_t update =
-        SharedSize().add(sizeof(T), 4 * Tile<T, 4, 16>::kSize).add(sizeof(T), K * (K + 1)).bytes();
+    const bool words = in_words<T>({g.inverse, g.inverse_batch_stride, g.inverse_row_stride, 1});
+    const auto multiply_kernel_here = words ? multiply_kernel<T, WordRows> : multiply_kernel<T, Rows>;
     Status status;
     if (failed(status, find_vector_order(g, w.order, stream))) return status;
     if (w.copy && failed(status, launch_over(copy_kernel<T>, g.batch * g.d * g.d, 256, stream, w, false)))
         return status;
     for (Index first = 0; first < g.k; first += K) {
         if (failed(status, launch_over(scale_kernel<T>, g.batch * K * w.pitch, 256, stream, w, first)) ||
-            failed(status,
-                   launch(multiply_kernel<T>, g.batch * tiles * w.slices, kTileThreads, pieces, stream, false, w)) ||
+            failed(status, launch_in_turn(multiply_kernel_here, g.batch * w.across * w.slices, kTileThreads,
+                                          multiply.bytes(), stream, w)) ||
             failed(status, launch_over(add_slices_kernel<T>, g.batch * K * w.pitch, 256, stream, w)) ||
             failed(status,
                    launch_over(small_product_kernel<T>, g.batch * (K / 4) * (K / 4) * kWarp, kThreads, stream, w)) ||
             failed(status, launch(factor_kernel<T>, g.batch, kThreads, factor, stream, false, w)) ||
             failed(status, launch(solve_kernel<T>, g.batch * tiles, K, solve, stream, false, w)) ||
-            failed(status, launch(update_kernel<T>, g.batch * tiles * tiles, kTileThreads, update, stream, false, w)))
+            failed(status,
+                   launch_in_turn(update_kernel<T>, g.batch * tiles * tiles, kTileThreads, update.bytes(), stream, w)))
             return status;
     }
     if (w.copy) failed(status, launch_over(copy_kernel<T>, g.batch * g.d * g.d, 256, stream, w, true));

@@ -93,14 +93,21 @@ struct Small {
         }
     }
 
-    // The lower triangle of V Y^T
+    // The lower triangle of V Y^T, four lanes an element
     __device__ void small_product() const {
-        for (int e = int(threadIdx.x); e < K * K; e += int(blockDim.x)) {
-            const int q = e / K, r = e % K;
-            if (r > q) continue;
+        constexpr int elements = K / 2 * (K + 1);
+        const int lane = int(threadIdx.x) % 4, group = int(threadIdx.x) / 4;
+        for (int first = 0; first < elements; first += int(blockDim.x) / 4) {
+            int r = 0, q = 0;
+            const bool any = first + group < elements;
+            if (any) triangle(first + group, K, r, q);
             T sum = 0;
-            for (int i = 0; i < g.d; ++i) sum = multiply_add(v[q * at.pitch + i], yt[i * K + r], sum);
-            s[q * (K + 1) + r] = double(sum);
+#pragma unroll 4
+            for (int i = lane; i < (any ? at.side : 0); i += 4)
+                sum = multiply_add(v[q * at.pitch + i], yt[i * K + r], sum);
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (any && lane == 0) s[q * (K + 1) + r] = double(sum);
         }
     }
 
@@ -183,7 +190,7 @@ struct Small {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) small_kernel(ShermanMorrisonArgs g, const Index* order) {
+__global__ void __launch_bounds__(256, 2) small_kernel(ShermanMorrisonArgs g, const Index* order) {
     const Small<T> small(g);
     const Layout at = small.at;
     for (Index p = blockIdx.x; p < g.batch; p += gridDim.x) {

@@ -20,6 +20,7 @@ def conv2d_second_moment(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    check: bool = True,
 ) -> torch.Tensor:
     """Sum of p p^T over all patches p that a convolution sees.
 
@@ -29,6 +30,9 @@ def conv2d_second_moment(
         The convolution's input.
     kernel_size, stride, padding, dilation, groups
         As in torch.nn.functional.conv2d; padding may be "same" or "valid". Padding is with zeros.
+    check : bool
+        Raise if `x` has NaN or Inf. This waits for the device; with False nothing does (and a CUDA graph can capture
+        the call), and such an input makes NaN of the whole result.
 
     Returns
     -------
@@ -46,7 +50,7 @@ def conv2d_second_moment(
     Raises
     ------
     ValueError
-        Shapes do not fit, the kernel is larger than the padded image, or `x` has NaN or Inf.
+        Shapes do not fit, the kernel is larger than the padded image, or, with `check`, `x` has NaN or Inf.
     TypeError
         Not a floating point tensor.
     """
@@ -56,7 +60,7 @@ def conv2d_second_moment(
     step = _pair("stride", stride, 1)
     spread = _pair("dilation", dilation, 1)
     before, after = _padding(padding, kernel, step, spread)
-    return _op(x, kernel, step, before, after, spread, groups)
+    return _op(x, kernel, step, before, after, spread, groups, check)
 
 
 def _pair(name: str, value: Pair, least: int) -> list[int]:
@@ -135,6 +139,7 @@ def _implementation(
     after: list[int],
     dilation: list[int],
     groups: int,
+    check: bool = True,
 ) -> torch.Tensor:
     output = _output(x, kernel, stride, before, after, dilation, groups)
     out = torch.empty(_size(x, kernel, groups), dtype=_result_dtype(x), device=x.device)
@@ -148,6 +153,8 @@ def _implementation(
         *(_native.scalar(x), _native.scalar(out), *x.shape, groups, *kernel, *stride, *dilation, *before, *output),
         *(x.data_ptr(), *x.stride(), out.data_ptr(), status.data_ptr()),
     )
+    if not check:
+        return out if x.device.type == "cuda" or not status.item() else out.fill_(torch.nan)
     if status.item():
         index = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise ValueError(f"{_NAME}: x must be finite, got {float(x[tuple(index)])} at {index}")
@@ -162,6 +169,7 @@ def _fake(
     after: list[int],
     dilation: list[int],
     groups: int,
+    check: bool = True,
 ) -> torch.Tensor:
     _output(x, kernel, stride, before, after, dilation, groups)
     return x.new_empty(_size(x, kernel, groups), dtype=_result_dtype(x))
@@ -169,7 +177,7 @@ def _fake(
 
 _op = register(
     f"{_NAME}(Tensor x, int[] kernel_size, int[] stride, int[] padding_before, int[] padding_after, int[] dilation, "
-    "int groups) -> Tensor",
+    "int groups, bool check=True) -> Tensor",
     _implementation,
     _fake,
 )

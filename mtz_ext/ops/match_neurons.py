@@ -12,7 +12,9 @@ _DTYPES = (torch.float32, torch.float64)
 _METHODS = ("greedy", "optimal")  # in the order of mtz::MatchMethod
 
 
-def match_neurons(distances: torch.Tensor, count: int | None = None, method: str = "optimal") -> torch.Tensor:
+def match_neurons(
+    distances: torch.Tensor, count: int | None = None, method: str = "optimal", check: bool = True
+) -> torch.Tensor:
     """One-to-one pairs (row, column) of a cost matrix, cheapest pair first.
 
     Parameters
@@ -25,6 +27,9 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
         "optimal": the `count` pairs of least total cost, exactly, at any size. That is not the cheapest `count` pairs
         of a full assignment, which is worse than greedy. "greedy": take the cheapest pair that is still free, again
         and again (as He, Zhou, Thiele 2018 do); faster.
+    check : bool
+        Raise for NaN. This waits for the device; with False and "greedy" nothing does (and a CUDA graph can capture the
+        call), and all pairs of such a matrix are (-1, -1). "optimal" runs on the CPU, and waits for the device's costs.
 
     Returns
     -------
@@ -34,7 +39,8 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
     Raises
     ------
     ValueError
-        NaN (for "optimal" anything not finite), named with its index; `count` out of range; unknown method.
+        `count` out of range; unknown method; with `check`, NaN (for "optimal" anything not finite), named with its
+        index.
     TypeError
         Not a float32 or float64 tensor.
     """
@@ -42,7 +48,7 @@ def match_neurons(distances: torch.Tensor, count: int | None = None, method: str
     _checks.tensor_of(_NAME, "distances", distances, _DTYPES, 2)
     if count is None:
         count = min(distances.shape[-2], distances.shape[-1])
-    return _op(distances, count, method)
+    return _op(distances, count, method, check)
 
 
 def _check(distances: torch.Tensor, count: int, method: str) -> None:
@@ -57,7 +63,7 @@ def _check(distances: torch.Tensor, count: int, method: str) -> None:
         )
 
 
-def _implementation(distances: torch.Tensor, count: int, method: str) -> torch.Tensor:
+def _implementation(distances: torch.Tensor, count: int, method: str, check: bool = True) -> torch.Tensor:
     _check(distances, count, method)
     batch = list(distances.shape[:-2])
     costs = _checks.as_batch(distances.detach(), batch, 2)
@@ -71,7 +77,7 @@ def _implementation(distances: torch.Tensor, count: int, method: str) -> torch.T
         *(_native.scalar(costs), _METHODS.index(method), *costs.shape, count),
         *(costs.data_ptr(), *costs.stride(), pairs.data_ptr(), status.data_ptr()),
     )
-    bad = (status >= 0).nonzero()
+    bad = (status >= 0).nonzero() if check else ()
     if len(bad):
         matrix = int(bad[0])
         _raise_for(costs[matrix], batch, matrix, int(status[matrix]), method)
@@ -89,9 +95,11 @@ def _raise_for(costs: torch.Tensor, batch: list[int], matrix: int, flat: int, me
     )
 
 
-def _fake(distances: torch.Tensor, count: int, method: str) -> torch.Tensor:
+def _fake(distances: torch.Tensor, count: int, method: str, check: bool = True) -> torch.Tensor:
     _check(distances, count, method)
     return distances.new_empty([*distances.shape[:-2], count, 2], dtype=torch.int64)
 
 
-_op = register(f"{_NAME}(Tensor distances, SymInt count, str method) -> Tensor", _implementation, _fake)
+_op = register(
+    f"{_NAME}(Tensor distances, SymInt count, str method, bool check=True) -> Tensor", _implementation, _fake
+)

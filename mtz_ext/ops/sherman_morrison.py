@@ -9,6 +9,7 @@ from mtz_ext._library import register
 
 _NAME = "sherman_morrison_"
 _DTYPES = (torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
 _REASONS = {1: "the update would make it indefinite (or it was not positive definite before)", 2: "NaN or Inf"}
 
 
@@ -22,7 +23,8 @@ def sherman_morrison_(
     inverse : [..., d, d]
         Inverses of symmetric positive definite matrices; both triangles are read. Changed in place.
     vectors : [..., k, d]
-        The x_q, one a row; leading dimensions broadcast to those of `inverse`.
+        The x_q, one a row, in the element type of `inverse`, or float16 or bfloat16 for a float32 one; leading
+        dimensions broadcast to those of `inverse`.
     weight : float or [..., k]
         The w_q. Negative ones take a vector out again. A tensor broadcasts to [..., k].
     check : bool
@@ -47,7 +49,7 @@ def sherman_morrison_(
         Shapes do not fit; with `check`, an update that would make a matrix indefinite or that meets NaN or Inf: the
         message says which matrices.
     TypeError
-        Element types differ or are neither float32 nor float64.
+        `inverse` is neither float32 nor float64, or `vectors` has a type that does not go with it.
     """
     _checks.no_gradient(_NAME, inverse=inverse, vectors=vectors, weight=weight)
     if not isinstance(weight, torch.Tensor):
@@ -59,9 +61,10 @@ def sherman_morrison_(
 def _shape(inverse: torch.Tensor, vectors: torch.Tensor, weight: torch.Tensor) -> list[int]:
     """Check all shapes; the batch."""
     _checks.tensor_of(_NAME, "inverse", inverse, _DTYPES, 2)
-    _checks.tensor_of(_NAME, "vectors", vectors, _DTYPES, 2)
+    _checks.tensor_of(_NAME, "vectors", vectors, (*_DTYPES, *_HALF), 2)
     _checks.tensor_of(_NAME, "weight", weight, _DTYPES, 0)
-    _checks.alike(_NAME, "inverse", inverse, "vectors", vectors)
+    if inverse.dtype != torch.float32 or vectors.dtype not in _HALF or inverse.device != vectors.device:
+        _checks.alike(_NAME, "inverse", inverse, "vectors", vectors)
     d, k = inverse.shape[-1], vectors.shape[-2]
     if inverse.shape[-2] != d:
         raise ValueError(f"{_NAME}: inverse must have shape [..., d, d], got {_checks.shape(inverse)}")
@@ -94,7 +97,10 @@ def _implementation(inverse: torch.Tensor, vectors: torch.Tensor, weight: torch.
     in_place = flat.stride(-1) == 1 and flat.data_ptr() == inverse.data_ptr()
     if not in_place:
         flat = matrices.contiguous().view(-1, d, d)
-    x = _checks.as_batch(vectors.detach(), batch, 2)
+    x = vectors.detach()
+    if x.device.type == "cpu" and x.dtype in _HALF:
+        x = x.float()
+    x = _checks.as_batch(x, batch, 2)
     w = _checks.as_batch(weight.detach().double().expand(*batch, k), batch, 1)
     status = torch.empty(flat.shape[0], dtype=torch.int32, device=inverse.device)
     _native.call(

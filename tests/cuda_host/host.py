@@ -20,7 +20,8 @@ SCALARS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"),
-    "-DMTZ_MAX_BLOCKS=5",  # so that every kernel walks with a stride of its grid
+    "-DMTZ_MAX_BLOCKS=5",  # so that every kernel walks with a stride of its grid, or is launched in several goes
+    "-DMTZ_MOST_SUM_BYTES=5000000",  # so that sums are kept of a few tiles at a time
 ]
 
 
@@ -187,16 +188,24 @@ def neuron_distances(
 
 
 def sherman_morrison(
-    session: Session, inverse: np.ndarray, vectors: np.ndarray, weight: np.ndarray, schedule: Schedule = FORWARD
+    session: Session,
+    inverse: np.ndarray,
+    vectors: np.ndarray,
+    weight: np.ndarray,
+    schedule: Schedule = FORWARD,
+    kind: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[batch, d, d], [batch, k, d], [batch, k] -> the new inverse, with all memory it is a view of, and the status"""
+    """[batch, d, d], [batch, k, d], [batch, k] -> the new inverse, with all memory it is a view of, and the status
+
+    `kind` is the type of the vectors, where not that of the array.
+    """
     base = inverse.base if inverse.base is not None and inverse.base.ndim == inverse.ndim else inverse
     buffer, at = memory(inverse)
     (x_bytes, x_at), (w_bytes, w_at) = memory(vectors), memory(weight)
     batch, k, d = vectors.shape
     status = np.full(batch, 77, np.int32)
-    kind = SCALARS[inverse.dtype.name]
-    arguments = [kind, kind, batch, d, k, at, *strides(inverse), x_at, *strides(vectors), w_at, *strides(weight), 0]
+    kinds = [SCALARS[inverse.dtype.name], SCALARS[kind or vectors.dtype.name]]
+    arguments = [*kinds, batch, d, k, at, *strides(inverse), x_at, *strides(vectors), w_at, *strides(weight), 0]
     after = session.call("sherman_morrison", arguments, [buffer, x_bytes, w_bytes, status], schedule)
     result = base.copy()
     if inverse.size:

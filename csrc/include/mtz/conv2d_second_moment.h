@@ -12,8 +12,9 @@
 // border strips subtracted, a 3x3 kernel of stride 1 needs 13 products instead of 45 (the other shifts are transposes).
 //
 // Products accumulate in the type of the output over runs of a few hundred positions, the runs in float64.
-// A NaN or Inf anywhere in x reaches `out` unpredictably where strips are subtracted, so the caller rejects them:
-//     status = 0 if every element of x is finite, else 1 (one int32 for the whole call; out is then undefined).
+// A NaN or Inf anywhere in x would reach `out` unpredictably where strips are subtracted:
+//     status = 0 if every element of x is finite, else 1 (one int32 for the whole call); then CUDA, where the caller may not
+//              want to wait for the status, makes NaN of all of out, and on the CPU out is undefined.
 //
 // Types: float32 -> float32, float64 -> float64; CUDA also float16 / bfloat16 -> float32.
 #pragma once

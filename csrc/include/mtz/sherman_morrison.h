@@ -16,7 +16,7 @@
 // (the binding does not check); both triangles may be read.
 //
 // Types: inverse and vectors float32 or float64 alike; weight always float64 (it is small, and a scalar is not
-// rounded). CUDA may also take float16 / bfloat16 vectors with a float32 inverse.
+// rounded). CUDA also takes float16 / bfloat16 vectors with a float32 inverse.
 #pragma once
 
 #include "mtz/common.h"

@@ -84,6 +84,10 @@ inline void sync_grid() {
     cuda_host::wait_grid();
 }
 
+inline int recomputed(int value, int) {
+    return value;
+}
+
 template <class T>
 T shuffle_xor(T value, int mask) {
     static_assert(sizeof(T) <= 8);
