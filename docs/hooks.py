@@ -124,12 +124,24 @@ def experiments(rows: Sequence[Row]) -> str:
     return _table(head, lines, numbers=5)
 
 
+def shared_slots(rows: Sequence[Row]) -> str:
+    """Zips of three networks, with slots of all and of some of the tasks."""
+    lines = []
+    for row in rows:
+        share, stored = (f"{float(row[name]):.0%}" for name in ("share", "stored"))
+        difference, rise = f"{float(row['difference']):.4f}", f"{float(row['increase']):+.2f}"
+        lines.append([row["networks"], share, row["slots"], stored, difference, row["originals"], row["errors"], rise])
+    head = ["networks", "shared", "slots", "stored", "functional difference", "originals, error %", "error %"]
+    return _table([*head, "mean increase"], lines, numbers=5)
+
+
 #: The columns that tell a kind of file, and what draws it.
 DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"case", "way", "microseconds"}): operators,
     frozenset({"architecture", "sharable"}): architectures,
     frozenset({"work", "measure", "value"}): targets,
     frozenset({"case", "method", "increase"}): experiments,
+    frozenset({"networks", "slots", "difference"}): shared_slots,
 }
 
 

@@ -87,7 +87,7 @@ def correlations(
     everything = [batch for chunks in batches for batch in chunks]
     executions = [Execution(analysis, analysis.exported.network, everything) for analysis in analyses]
     sums: dict[int, Correlations] = {id(axis): {} for axis in axes}
-    places_seen: Counter[tuple[int, int, int]] = Counter()
+    seen: Counter[tuple[int, int, int]] = Counter()
     for group in correspondence.layers:
         for task, layer in group.layers.items():
             executions[task].advance(layer.node)
@@ -100,12 +100,13 @@ def correlations(
                     if places[first].shape[1] == places[second].shape[1]:
                         found = _neuron_correlation(*((values[t], places[t]) for t in (first, second)))
                         sums[id(axis)][first, second] = sums[id(axis)].get((first, second), 0) + found
-                        places_seen[id(axis), first, second] += 1
+                        seen[id(axis), first, second] += 1
         for task, layer in group.layers.items():
             executions[task].finish(layer.node, False)
-    return {
-        key: {pair: found / places_seen[key, *pair] for pair, found in pairs.items()} for key, pairs in sums.items()
-    }
+    for key, pairs in sums.items():
+        for pair, found in pairs.items():
+            found /= seen[key, *pair]
+    return sums
 
 
 def match_by_activations(

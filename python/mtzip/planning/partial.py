@@ -1,7 +1,7 @@
 """Which axes of three and more tasks may have slots that some of the tasks share only: no two that one layer connects.
 
-A weight is stored once where the tasks of its row's slot and those of its column's have one in common. With slots of all
-tasks on one of the two axes, that asks nothing of the other one: as many neurons stored are as many weights stored,
+A weight is stored once for the tasks that its row's slot and its column's have in common. Where all tasks share each
+slot of one of the two axes, nothing is asked of the other one: as many neurons stored are as many weights stored,
 whichever tasks share them. With partial slots on both, rows of tasks a and b over columns of b and c save nothing.
 """
 
