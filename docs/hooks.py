@@ -131,6 +131,17 @@ def resources(rows: Sequence[Row]) -> str:
     return _table(["kernel", *architectures], lines, numbers=len(architectures))
 
 
+def shared_slots(rows: Sequence[Row]) -> str:
+    """Zips of three networks, with slots of all and of some of the tasks."""
+    lines = []
+    for row in rows:
+        share, stored = (f"{float(row[name]):.0%}" for name in ("share", "stored"))
+        difference, rise = f"{float(row['difference']):.4f}", f"{float(row['increase']):+.2f}"
+        lines.append([row["networks"], share, row["slots"], stored, difference, row["originals"], row["errors"], rise])
+    head = ["networks", "shared", "slots", "stored", "functional difference", "originals, error %", "error %"]
+    return _table([*head, "mean increase"], lines, numbers=5)
+
+
 #: The columns that tell a kind of file, and what draws it.
 DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"case", "way", "microseconds"}): operators,
@@ -138,6 +149,7 @@ DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"work", "measure", "value"}): targets,
     frozenset({"case", "method", "increase"}): experiments,
     frozenset({"file", "kernel"}): resources,
+    frozenset({"networks", "slots", "difference"}): shared_slots,
 }
 
 

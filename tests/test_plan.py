@@ -131,7 +131,7 @@ def test_correlations_are_those_of_what_is_written_and_read():
     for depth in (1, 2):  # in front of the activation and behind it
         with torch.no_grad():
             first, second = (analysis.exported.network[:depth](x).double() for analysis in analyses)
-        expected = expected + torch.corrcoef(torch.cat([first, second], 1).T)[:5, 5:].nan_to_num()
+        expected = expected + torch.corrcoef(torch.cat([first, second], 1).T)[:5, 5:].nan_to_num() / 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert match_by_activations(axis, {(0, 1): found}, 5, "optimal").shared == 5
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 from handmade import images, small, small_report
 
-from mtzip.reports.report import AxisReport, LayerReport, Private, Report
+from mtzip.reports.report import AxisReport, LayerReport, Private, Report, SharedBy
 from mtzip.zip import zip_networks
 
 TABLE = """\
@@ -138,3 +139,18 @@ def test_report_of_a_real_zip(tmp_path):
     assert f"{report.parameters_after:,} parameters stored" in str(report)
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     assert len(report.plot(tmp_path / "z.svg").axes) == 3
+
+
+def test_axes_whose_slots_some_tasks_share(tmp_path):
+    axis = AxisReport("wide", {"a": 9, "b": 9, "c": 4}, 6, 0.1, [SharedBy(("a", "b", "c"), 1), SharedBy(("a", "b"), 5)])
+    report = Report(("a", "b", "c"), "refit", [axis])
+    assert [axis.used(task) for task in "abc"] == [6, 6, 1]
+    head, _, row = str(report).split("\n\n")[1].splitlines()
+    assert re.split("  +", head)[-3:] == ["by a, b, c", "by a, b", "difference"]
+    assert re.split("  +", row)[-3:] == ["1", "5", "0.1"]
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    report.html(tmp_path / "page.html")
+    assert "c: 1 of 4 neurons shared" in (tmp_path / "page.html").read_text()
+    earlier = report.to_dict()
+    del earlier["axes"][0]["sets"]  # as files of earlier versions are
+    assert [Report.from_dict(earlier).axes[0].used(task) for task in "abc"] == [6, 6, 4]

@@ -13,6 +13,7 @@ from .network.zipped import check_name
 from .planning.budget import Budget, Plan
 
 METHODS = ("refit", "mtz", "average")
+SLOTS = ("all", "some")
 MATCHINGS = ("optimal", "greedy", "activation")
 
 
@@ -55,6 +56,21 @@ def check_arguments(networks, inputs, share, method, matching, damping, reconstr
         for path, parameter in network.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
+
+
+def check_slots(slots: str, share: Any) -> None:
+    """``slots``: which tasks share a stored neuron.
+
+    Raises:
+        ValueError: neither "all" nor "some", or "some" with a budget or plan, which count what "all" stores.
+    """
+    if slots not in SLOTS:
+        raise ValueError(f"slots must be one of {SLOTS}, got {slots!r}")
+    if slots == "some" and isinstance(share, (Budget, Plan)):
+        raise ValueError(
+            f"slots must be 'all' with a {type(share).__name__}, which counts the parameters that such slots store, "
+            "got 'some'; give share a fraction or a mapping"
+        )
 
 
 def check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:

@@ -55,6 +55,7 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
             options.matching,
             options.damping,
             store,
+            options.partial,
         ):
             sweep.store(axis, slots)
         sweep.run()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from .arguments import check_arguments, check_outputs
+from .arguments import check_arguments, check_outputs, check_slots
 from .distributed import Ranks, agree_, check_same, together
 from .follow import check_follow, zip_following
 from .inputs import device_of
@@ -19,6 +19,7 @@ from .merging.options import Options
 from .network.zipped import ZippedNetwork
 from .planning.activations import same_form
 from .planning.budget import Budget, Plan
+from .planning.partial import partial_axes
 from .planning.plan import make_plan
 from .prepare import Prepared, prepare
 from .trace.given import Given
@@ -44,6 +45,7 @@ def zip_networks(
     outputs: Mapping[str, Select] | None = None,
     memory: int | float | str | None = None,
     keep_moments: bool = False,
+    slots: str = "all",
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -90,6 +92,10 @@ def zip_networks(
         keep_moments: keep the second moments of what the shared layers read, so that :func:`add_network` can give the
             shared weights their due weight later, without these inputs. It costs the memory of a square matrix of every
             shared layer's columns a task.
+        slots: of three and more tasks, which share a stored neuron: "all" of those that have the axis, or "some", any
+            two or more of them. With "some" a neuron joins stored ones where that costs least, and as many neurons are
+            stored: each axis has as many joins as "all" would make, whichever tasks they are of. Budgets and plans
+            count on "all".
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -105,6 +111,7 @@ def zip_networks(
         RuntimeError: another process of the group is gone.
     """
     check_arguments(networks, inputs, share, method, matching, damping, reconstructions, samples)
+    check_slots(slots, share)
     check_outputs(outputs, networks)
     check_follow(follow, networks, method)
     allowed = bytes_of(memory)
@@ -119,6 +126,7 @@ def zip_networks(
         reconstructions,
         follow,
         correspondence,
+        slots,
         _named(outputs),
     )
     check_same(ranks, networks, repr(settings))
@@ -132,6 +140,8 @@ def zip_networks(
     affine = affine and method == "refit"
     bars = progress and ranks.rank == 0
     options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments)
+    if slots == "some":
+        options.partial = partial_axes(prepared.analyses, prepared.correspondence)
     with together(ranks):
         make = partial(_make, share, options)
         result = zip_following(make, prepared, networks, follow if method == "refit" else False, share)

@@ -164,7 +164,7 @@ def _updated(before: list, found: dict[str, Any], join) -> list:
 
 
 def _axis(old: AxisReport, new: AxisReport) -> AxisReport:
-    return AxisReport(old.name, {**old.neurons, **new.neurons}, new.shared, new.difference)
+    return AxisReport(old.name, {**old.neurons, **new.neurons}, new.shared, new.difference, new.sets)
 
 
 def _layer(old: LayerReport, new: LayerReport, size: int) -> LayerReport:

@@ -27,7 +27,7 @@ from ..network.layout import Run
 from ..network.leaf import SharedLayer, replace_module
 from ..planning.activations import correlations, same_form
 from ..planning.observe import Observed, observe
-from ..reports.report import AxisReport, Private
+from ..reports.report import AxisReport, Private, SharedBy
 from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
 from .join import Writer, joined_at, joined_slots, joining_scales, stored_slots
@@ -246,6 +246,7 @@ class Joining(Sweep):
         self._joined.add(id(axis))
         self.executions[self.new].reorder({axis.atoms[self.new]: slots.order(self.new)})
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
+        report.sets = [SharedBy(tuple(self.tasks[t] for t in tasks), size) for tasks, size in slots.sets.items()]
         if self.options.method != "average" and slots.costs is not None and slots.energy:
             report.difference = slots.difference / slots.energy
         self.axes.append(report)

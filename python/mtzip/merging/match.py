@@ -11,6 +11,7 @@ parallel sum of Q_A and r^2 Q_B between a and b / r.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,15 @@ class Slots:
     @property
     def shared(self) -> int:
         """Number of slots that more than one task uses."""
-        return int(((self.table >= 0).sum(1) > 1).sum())
+        return sum(self.sets.values())
+
+    @property
+    def sets(self) -> dict[tuple[int, ...], int]:
+        """Sets of tasks, of two and more, to the number of slots that exactly they share."""
+        if "sets" not in self._known:
+            rows = [tuple(t for t, neuron in enumerate(row) if neuron >= 0) for row in self.table.tolist()]
+            self._known["sets"] = dict(Counter(tasks for tasks in rows if len(tasks) > 1))
+        return self._known["sets"]
 
 
 def slots_of(
@@ -84,32 +93,35 @@ def slots_of(
     costs: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Slots:
-    """Slots of several tasks: those that all of them share first, in the order of the first task.
+    """Slots of several tasks: those that most of them share first, in the order of the first of their tasks.
 
     Args:
-        shared: [k, tasks] neuron of every task in each of them.
+        shared: [k, tasks] neuron of every task in each of them, -1 where it is not part of one.
         tasks: indices of the tasks, ascending.
-        sizes: number of neurons of each task.
+        sizes: number of neurons of each task; those that are in no shared slot have one of their own.
         costs: [k] functional difference of each.
         scales: [k, tasks] private scales of the shared slots.
     """
-    by_first = shared[:, 0].argsort()
-    shared = shared[by_first].cpu()
+    shared = shared.cpu()
+    rows = [[(at, neuron) for at, neuron in enumerate(row) if neuron >= 0] for row in shared.tolist()]
+    keys = [(-len(row), [at for at, _ in row], row) for row in rows]
+    order = torch.tensor(sorted(range(len(rows)), key=keys.__getitem__), dtype=torch.int64)
+    shared = shared[order]
     columns = torch.as_tensor(tasks)
     table = torch.full((len(shared), int(columns.max()) + 1), -1)
     table[:, columns] = shared
     parts = [table]
     for at, task in enumerate(tasks):
         free = torch.ones(sizes[at], dtype=torch.bool)
-        free[shared[:, at]] = False
+        free[shared[shared[:, at] >= 0, at]] = False
         single = torch.full((int(free.sum()), table.shape[1]), -1)
         single[:, task] = free.nonzero().flatten()
         parts.append(single)
     table = torch.cat(parts)
     full = torch.ones(table.shape, dtype=torch.float64)
     if scales is not None:
-        full[: len(shared), columns] = scales[by_first].cpu().double()
-    return Slots(table, None if costs is None else costs[by_first], full)
+        full[: len(shared), columns] = scales[order.to(scales.device)].cpu().double()
+    return Slots(table, None if costs is None else costs[order.to(costs.device)], full)
 
 
 def euclidean(first: Tensor, second: Tensor) -> Tensor:

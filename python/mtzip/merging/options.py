@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -19,6 +19,7 @@ class Options:
         reconstructions: activation-aware substitutions of the target (refit only).
         progress: show a bar.
         keep_moments: keep what a task that joins later needs.
+        partial: names of axes whose slots any of their tasks may share; of all others all tasks share each.
     """
 
     method: str
@@ -29,3 +30,4 @@ class Options:
     reconstructions: int = 0
     progress: bool = False
     keep_moments: bool = False
+    partial: Collection[str] = ()

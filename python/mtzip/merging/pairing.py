@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-import mtz_ext
-
 from . import match
 from .columns import Unknown
+from .joins import Forming
 from .match import Slots
 from .part import Part, Systems, plain_mean
 from .solve import JointSystem
@@ -32,46 +31,66 @@ def match_axis(
     matching: str,
     extra: Sequence[Tensor] = (),
     ratios: Sequence[float] | None = None,
+    partial: bool = False,
+    sizes: Mapping[int, int] | None = None,
 ) -> Slots:
-    """Matches the neurons of an axis that several tasks' layers write and keeps ``count`` slots that all of them share.
+    """Matches the neurons of an axis that several tasks' layers write: which of them share a slot.
 
     The first two tasks are matched with each other, every further one onto the slots there are.
 
     Args:
         groups: for every group of layers that writes the axis its systems, and task to the rows [n, m] that each neuron
             has in its part, in the network's own order. Their differences are added up.
-        count: slots.
+        count: slots that all tasks share, or as many joins of a neuron to a slot as make these.
         method: "average" (Euclidean distance), "mtz" (functional difference) or "refit" (the same with private scales).
         matching: "optimal" or "greedy".
         extra: further costs [n, m] of pairing neurons of two tasks.
         ratios: private scales to try where rows have any, None for as many as pay.
+        partial: any of the tasks may share a slot, where that costs less than slots that all of them share.
+        sizes: task to number of neurons, of those too that no group has: they share nothing. None: groups have all.
     """
-    neurons = groups[0][1]
-    tasks = sorted(neurons)
-    table = torch.arange(len(neurons[tasks[0]]))[:, None]
-    scales = torch.ones(table.shape, dtype=torch.float64)
-    costs = torch.zeros(len(table), dtype=torch.float64)
-    for at in range(1, len(tasks)):
-        found = [
-            joining_distances(systems, rows, tasks[: at + 1], table, scales, method, ratios) for systems, rows in groups
-        ]
+    written = {task: len(rows) for _, neurons in groups for task, rows in neurons.items()}
+    sizes = dict(sorted({**(sizes or {}), **written}.items()))
+    tasks = sorted(written)
+
+    def cost(members, neurons: Tensor, scales: Tensor, new: int) -> tuple[Tensor, Tensor | None]:
+        found = []
+        for systems, rows in groups:
+            there = [at for at, member in enumerate(members) if tasks[member] in rows]
+            if there and tasks[new] in rows:
+                joining = [*(tasks[members[at]] for at in there), tasks[new]]
+                slots = neurons[:, there], scales[:, there]
+                found.append(joining_distances(systems, rows, joining, *slots, method, ratios))
+        if not found:  # no layer of theirs has rows to share: as bad as leaving the neuron out
+            lost = sum(neuron_energy(*group, tasks[new]).cpu() for group in groups if tasks[new] in group[1])
+            return lost.expand(len(neurons), -1), None
         distances = sum(d for d, _ in found)
-        if at == 1 and len(tasks) == 2:
+        if len(tasks) == 2:
             distances = sum(extra, distances)
-        ratio = found[0][1] if len(found) == 1 else None  # every layer has scales of its own
-        pairs = mtz_ext.match_neurons(distances, count, method=matching)
-        slots, joining = pairs.cpu().unbind(1)
-        costs = costs[slots] + distances[pairs[:, 0], pairs[:, 1]].cpu().double()
-        new = (
-            torch.ones(count, dtype=torch.float64) if ratio is None else ratio[pairs[:, 0], pairs[:, 1]].cpu().double()
-        )
-        table = torch.cat([table[slots], joining[:, None]], 1)
-        scales = torch.cat([scales[slots], new[:, None]], 1)
-    slots = match.slots_of(table, tasks, [len(neurons[task]) for task in tasks], costs, scales)
+        return distances, found[0][1] if len(groups) == 1 else None  # every layer has scales of its own
+
+    if len(tasks) < 2:
+        return match.slots_of(torch.zeros(0, len(sizes), dtype=torch.int64), list(sizes), list(sizes.values()))
+    formed = Forming([written[task] for task in tasks], cost).form(count, matching, partial)
+    columns = torch.tensor([list(sizes).index(task) for task in tasks])
+    table = torch.full((len(formed.table), len(sizes)), -1).index_copy_(1, columns, formed.table)
+    scales = torch.ones(table.shape, dtype=torch.float64).index_copy_(1, columns, formed.scales)
+    slots = match.slots_of(table, list(sizes), list(sizes.values()), formed.costs, scales)
     for systems, rows in groups:
-        for task, part in systems.parts.items():
-            slots.energy += part.alpha * float(part.target.variance[rows[task].flatten()].sum()) / 2
+        slots.energy += sum(float(neuron_energy(systems, rows, task).sum()) for task in rows)
     return slots
+
+
+def neuron_energy(systems: Systems, neurons: Mapping[int, Tensor], task: int) -> Tensor:
+    """Half the variance of what each neuron of a task puts out, [n], in the units of functional differences.
+
+    Args:
+        systems: of a group of layers.
+        neurons: task to the rows [n, m] of each neuron.
+        task: which.
+    """
+    part = systems.parts[task]
+    return part.alpha * part.target.variance[neurons[task].to(part.target.variance.device)].sum(1) / 2
 
 
 def pair_distances(systems: Systems, neurons: Mapping[int, Tensor], ratios: Sequence[float]) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..network.layout import Run
 from ..network.leaf import LEAVES
-from ..reports.report import AxisReport, LayerReport
+from ..reports.report import AxisReport, LayerReport, SharedBy
 from ..trace.analysis import Analysis, Layer, Norm
 from ..trace.axes import Dim
 from ..trace.correspond import AxisGroup, Correspondence, LayerGroup
@@ -279,12 +279,19 @@ class Sweep:
             rows = {t: axis_rows(parts[t].analysis, parts[t].layer.rows, axis.atoms[t]) for t in members}
             for task in members:
                 starts[task][rows[task]] = slots.scale(task)[:, None].expand(rows[task].shape)
-            if len(axis.writers) > 1 and len(members) == 2 and self.options.method == "refit":
-                # Paired for all its writers together: each has a scale of its own.
-                shared = {task: rows[task][: slots.shared].flatten() for task in members}
-                _, ratio = pairing.shared_cost(systems, shared)
-                starts[members[1]][shared[members[1]]] = ratio.cpu()
+            if len(axis.writers) > 1 and self.options.method == "refit":
+                self._start_pairs(systems, slots, rows, starts)
         return starts
+
+    @staticmethod
+    def _start_pairs(systems: Systems, slots: Slots, rows: Mapping[int, torch.Tensor], starts) -> None:
+        """Scales of neurons that two tasks share on an axis paired for all its writers: each has scales of its own."""
+        members = sorted(rows)
+        runs = {task: slots.runs(task, members) for task in members}
+        for pair in {run.tasks for task in members for run in runs[task] if len(run.tasks) == 2}:
+            shared = {t: rows[t][positions(runs[t], pair, rows[t].device)].flatten() for t in pair}
+            _, ratio = pairing.shared_cost(systems, shared)
+            starts[pair[1]][shared[pair[1]]] = ratio.cpu()
 
     def _solve(self, systems: Systems, runs: Mapping[int, tuple[Run, ...]], starts: Mapping[int, torch.Tensor]):
         """Rows of every set of tasks that stores some together."""
@@ -326,7 +333,8 @@ class Sweep:
         neurons = {task: axis_rows(part.analysis, part.layer.rows, axis.atoms[task]) for task, part in parts.items()}
         matching = "greedy" if self.options.matching == "greedy" else "optimal"
         extra = kernel_costs(axis, self.analyses, tasks) if self.options.method != "average" and len(tasks) == 2 else []
-        slots = pairing.match_axis([(systems, neurons)], count, self.options.method, matching, extra)
+        settings = {"partial": axis.name in self.options.partial, "sizes": axis.sizes}
+        slots = pairing.match_axis([(systems, neurons)], count, self.options.method, matching, extra, **settings)
         self.store(axis, slots)
         for task, part in parts.items():
             orders = {axis.atoms[task]: slots.order(task)}
@@ -337,8 +345,10 @@ class Sweep:
         self.slots[id(axis)] = slots
         for task, atom in axis.atoms.items():
             self.executions[task].reorder({atom: slots.order(task)})
-        energy = slots.energy * slots.shared / min(axis.sizes.values())
+        used = sum(len(tasks) * size for tasks, size in slots.sets.items())
+        energy = slots.energy * used / sum(axis.sizes.values())
         report = AxisReport(axis.name, {self.tasks[t]: size for t, size in axis.sizes.items()}, slots.shared)
+        report.sets = [SharedBy(tuple(self.tasks[t] for t in tasks), size) for tasks, size in slots.sets.items()]
         report.difference = slots.difference / energy if energy else 0.0
         if self.options.method == "average" or slots.costs is None:
             report.difference = None

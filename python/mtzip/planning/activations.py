@@ -7,6 +7,7 @@ apart that no reader ever sees active). All of them count alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,12 +15,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-import mtz_ext
-
 from ..distributed import total
 from ..inputs import Batch
 from ..merging.columns import axis_rows
 from ..merging.execute import Execution
+from ..merging.joins import Forming
 from ..merging.match import Slots, slots_of
 from ..merging.moments import CONSTANT, at_least_float32
 from ..trace.analysis import Analysis, Layer
@@ -73,7 +73,7 @@ def correlations(
     batches: Sequence[list[Batch]],
     axes: Sequence[AxisGroup],
 ) -> dict[int, Correlations]:
-    """Summed correlations of the neurons of every two tasks on every axis.
+    """Mean correlation, over where they are seen, of the neurons of every two tasks on every axis.
 
     Args:
         analyses: of networks whose inputs have one form.
@@ -87,6 +87,7 @@ def correlations(
     everything = [batch for chunks in batches for batch in chunks]
     executions = [Execution(analysis, analysis.exported.network, everything) for analysis in analyses]
     sums: dict[int, Correlations] = {id(axis): {} for axis in axes}
+    seen: Counter[tuple[int, int, int]] = Counter()
     for group in correspondence.layers:
         for task, layer in group.layers.items():
             executions[task].advance(layer.node)
@@ -98,24 +99,45 @@ def correlations(
                 for first, second in combinations(sorted(places), 2):
                     if places[first].shape[1] == places[second].shape[1]:
                         found = _neuron_correlation(*((values[t], places[t]) for t in (first, second)))
-                        known = sums[id(axis)].get((first, second), 0)
-                        sums[id(axis)][first, second] = known + found
+                        sums[id(axis)][first, second] = sums[id(axis)].get((first, second), 0) + found
+                        seen[id(axis), first, second] += 1
         for task, layer in group.layers.items():
             executions[task].finish(layer.node, False)
+    for key, pairs in sums.items():
+        for pair, found in pairs.items():
+            found /= seen[key, *pair]
     return sums
 
 
-def match_by_activations(axis: AxisGroup, found: Correlations, count: int, matching: str) -> Slots | None:
-    """Slots that all tasks of an axis share, by their correlations; None where a pair of tasks has none."""
+def match_by_activations(
+    axis: AxisGroup, found: Correlations, count: int, matching: str, partial: bool = False
+) -> Slots | None:
+    """Slots of an axis by the correlations of its neurons; None where two of its tasks have none.
+
+    A neuron joins where the squared distances from the mean of a slot grow least, activations having unit variance: of
+    two tasks, where the correlation is highest.
+
+    Args:
+        axis: all of whose tasks are matched.
+        found: correlation of every two tasks.
+        count, matching, partial: as in :func:`mtzip.merging.pairing.match_axis`.
+    """
     tasks = sorted(axis.atoms)
     if any(pair not in found for pair in combinations(tasks, 2)):
         return None
-    table = torch.arange(axis.sizes[tasks[0]])[:, None]
-    for at, task in enumerate(tasks[1:], 1):
-        likeness = sum(found[earlier, task][table[:, i]] for i, earlier in enumerate(tasks[:at]))
-        pairs = mtz_ext.match_neurons((likeness.max() - likeness).contiguous(), count, method=matching).cpu()
-        table = torch.cat([table[pairs[:, 0]], pairs[:, 1:]], 1)
-    return slots_of(table, tasks, [axis.sizes[task] for task in tasks])
+
+    def cost(members, neurons: Tensor, scales: Tensor, new: int) -> tuple[Tensor, None]:
+        size = len(members)
+        likeness = sum(found[tasks[m], tasks[new]][neurons[:, at]] for at, m in enumerate(members)) / size
+        inner = torch.full((len(neurons),), 1.0 / size, dtype=likeness.dtype, device=likeness.device)
+        for (one, first), (two, second) in combinations(enumerate(members), 2):
+            inner += 2 / size**2 * found[tasks[first], tasks[second]][neurons[:, one], neurons[:, two]]
+        return (1 + inner[:, None] - 2 * likeness) * (size / (size + 1) / 2), None
+
+    sizes = [axis.sizes[task] for task in tasks]
+    forming = Forming(sizes, cost)
+    formed = forming.form(count, matching, partial)
+    return slots_of(formed.table, tasks, sizes)
 
 
 def _places(analyses: Sequence[Analysis], group: LayerGroup, axis: AxisGroup, side: str) -> dict[int, Tensor]:

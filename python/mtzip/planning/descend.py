@@ -8,7 +8,7 @@ true total of all layers that it touches falls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +66,19 @@ class Descent:
         axes: to be matched, in graph order.
         counts: axis name to number of neurons to share.
         matching: "optimal" or "greedy".
+        partial: names of axes whose slots any of their tasks may share; of all others all tasks share each.
     """
 
-    def __init__(self, observed: Observed, axes: Sequence[AxisGroup], counts: Mapping[str, int], matching: str):
+    def __init__(
+        self,
+        observed: Observed,
+        axes: Sequence[AxisGroup],
+        counts: Mapping[str, int],
+        matching: str,
+        partial: Collection[str] = (),
+    ):
         self.observed, self.axes, self.counts, self.matching = observed, list(axes), counts, matching
+        self._partial = partial
         by_layer = {
             (task, layer.path): group
             for group in observed.correspondence.layers
@@ -164,7 +173,8 @@ class Descent:
         if len(axis.atoms) != 2:
             groups = [self._written(group, axis) for group in self._writers[id(axis)]]
             groups = [group for group in groups if group is not None]
-            return pairing.match_axis(groups, self.counts[axis.name], "refit", matching, ratios=RATIOS)
+            settings = {"ratios": RATIOS, "partial": axis.name in self._partial, "sizes": axis.sizes}
+            return pairing.match_axis(groups, self.counts[axis.name], "refit", matching, **settings)
         found = [self._distances(group, axis) for group in self._writers[id(axis)]]
         found = [distances for distances in found if distances is not None]
         extra = [self._reader_cost(group, axis) for group in self._readers[id(axis)]] if readers else []
@@ -178,10 +188,10 @@ class Descent:
         return slots
 
     def _written(self, group: LayerGroup, axis: AxisGroup) -> tuple[Systems, dict[int, Tensor]] | None:
-        """Systems of a group that writes an axis, and the rows of its neurons; None where a task is missing."""
+        """Systems of a group that writes an axis, and the rows of its neurons; None where one task alone does."""
         parts = self.observed.parts(group, rows_of=axis)
         parts = {task: part for task, part in parts.items() if task in axis.atoms}
-        if len(parts) < len(axis.atoms):
+        if len(parts) < 2:
             return None
         return Systems(parts), {t: axis_rows(p.analysis, p.layer.rows, axis.atoms[t]) for t, p in parts.items()}
 

@@ -6,7 +6,7 @@ several writers (a residual stream) has to be paired for all of them before the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def plan_axes(
     matching: str,
     damping: float | None = None,
     store: Store | None = None,
+    partial: Collection[str] = (),
 ) -> list[tuple[AxisGroup, Slots]]:
     """Pairings that have to be known before the sweep.
 
@@ -55,18 +56,21 @@ def plan_axes(
         matching: "optimal", "greedy", or "activation", which pairs every axis here.
         damping: relative, None for the automatic one.
         store: that keeps activations; None keeps all in memory.
+        partial: names of axes whose slots any of their tasks may share; of all others all tasks share each.
     """
     axes = [axis for axis in correspondence.axes if counts.get(axis.name)]
     coupled = [axis for axis in axes if sum(_is_dense(group) for group in axis.writers) > 1]
     if matching == "activation":
-        found = pairings_by_activation(analyses, correspondence, batches, axes, counts, "optimal")
+        found = pairings_by_activation(analyses, correspondence, batches, axes, counts, "optimal", partial=partial)
         return [(axis, found[id(axis)]) for axis in axes if id(axis) in found]
     if not coupled or method == "average":
         return []
     observed = observe_all(analyses, correspondence, batches, damping, store)
     if same_form(analyses):
-        observed.slots = pairings_by_activation(analyses, correspondence, batches, axes, counts, matching, first=True)
-    Descent(observed, axes, counts, matching).run(ROUNDS)
+        observed.slots = pairings_by_activation(
+            analyses, correspondence, batches, axes, counts, matching, first=True, partial=partial
+        )
+    Descent(observed, axes, counts, matching, partial).run(ROUNDS)
     return [(axis, observed.slots[id(axis)]) for axis in coupled]
 
 
@@ -115,7 +119,7 @@ def _importance(observed: Observed, group: LayerGroup, sensitive: Sequence[Mappi
 
 
 def pairings_by_activation(
-    analyses, correspondence, batches, axes, counts, matching: str, first: bool = False
+    analyses, correspondence, batches, axes, counts, matching: str, first: bool = False, partial: Collection[str] = ()
 ) -> dict[int, Slots]:
     """id of an axis group to its pairing by correlation of activations, where there is one.
 
@@ -124,10 +128,10 @@ def pairings_by_activation(
     samples = own_share(FIRST_SAMPLES if first else ACTIVATION_SAMPLES)
     few = [leading(chunks, samples) for chunks in batches]
     found = correlations(analyses, correspondence, few, axes)
-    slots = {
-        id(a): match_by_activations(a, found[id(a)], counts[a.name], "greedy" if first and is_wide(a) else matching)
-        for a in axes
-    }
+    slots = {}
+    for axis in axes:
+        way = "greedy" if first and is_wide(axis) else matching
+        slots[id(axis)] = match_by_activations(axis, found[id(axis)], counts[axis.name], way, axis.name in partial)
     return {key: value for key, value in slots.items() if value is not None}
 
 

@@ -108,7 +108,7 @@ def _head(report: Report, stored: Stored | None) -> str:
 
 
 def _tiles(report: Report, stored: Stored | None) -> str:
-    neurons = sum(axis.shared * len(axis.neurons) for axis in report.axes)
+    neurons = sum(axis.used(task) for axis in report.axes for task in axis.neurons)
     total = sum(sum(axis.neurons.values()) for axis in report.axes)
     tiles = [
         (f"{report.ratio:.1%}", "of the originals' parameters stored"),

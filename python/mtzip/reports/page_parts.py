@@ -54,7 +54,7 @@ def neuron_boxes(axis: AxisReport, tasks: Sequence[str], widest: int) -> str:
             cells.append('<span class="absent" title="not in this task">–</span>')
             continue
         full = 100 * _extent(neurons, widest)
-        shared = min(axis.shared, neurons)
+        shared = axis.used(task)
         part = full * shared / max(neurons, 1)
         title = f"{task}: {shared:,} of {neurons:,} neurons shared"
         cells.append(

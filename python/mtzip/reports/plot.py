@@ -51,7 +51,7 @@ def _neurons(panel: Axes, report: Report) -> None:
     for number, task in enumerate(report.tasks):
         there = [(place, axis) for place, axis in enumerate(report.axes) if task in axis.neurons]
         places = [place - 0.4 + (number + 0.5) * height for place, _ in there]
-        shared = [min(axis.shared, axis.neurons[task]) for _, axis in there]
+        shared = [axis.used(task) for _, axis in there]
         private = [axis.neurons[task] - common for (_, axis), common in zip(there, shared, strict=True)]
         panel.barh(places, shared, 0.92 * height, color=SHARED, label="shared" if number == 0 else None)
         color = PRIVATE[number % len(PRIVATE)]

@@ -12,21 +12,37 @@ from . import schema
 
 
 @dataclass
+class SharedBy:
+    """How many neurons of an axis exactly these tasks, two or more, store together."""
+
+    tasks: tuple[str, ...]
+    neurons: int
+
+
+@dataclass
 class AxisReport:
     """One axis: a channel dimension that is shared between tasks.
 
     Args:
         name: path of the axis' first writer in the first task: the key for ``share={name: ...}``.
         neurons: task to width.
-        shared: number of neurons stored once (of the smallest width).
+        shared: number of stored neurons that two or more tasks use.
         difference: functional difference of the merged neurons relative to the energy of their outputs; 0 is free,
             1 as bad as leaving the neurons out. None where nothing was measured.
+        sets: which tasks use how many of those; empty in files of earlier versions, where all of an axis' tasks do.
     """
 
     name: str
     neurons: dict[str, int]
     shared: int
     difference: float | None = None
+    sets: list[SharedBy] = field(default_factory=list)
+
+    def used(self, task: str) -> int:
+        """How many neurons of a task are shared with another."""
+        if not self.sets:
+            return min(self.shared, self.neurons[task])
+        return sum(shared.neurons for shared in self.sets if task in shared.tasks)
 
 
 @dataclass
@@ -167,7 +183,8 @@ class Report:
             empty = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, "follows": {}}
             data = empty | dict(data)  # not in earlier files
         values = _REPORT(data, "report")
-        values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
+        axes = [{**axis, "sets": [SharedBy(**item) for item in axis["sets"]]} for axis in values["axes"]]
+        values["axes"] = [AxisReport(**axis) for axis in axes]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
         values["private"] = [Private(**item) for item in values["private"]]
         return cls(**values)
@@ -185,7 +202,14 @@ def _plain(value: Any) -> Any:
 
 _COUNTS, _NUMBERS = schema.mapping(schema.count), schema.mapping(schema.number)
 _AXIS = schema.fields(
-    {"name": schema.text, "neurons": _COUNTS, "shared": schema.count, "difference": schema.optional(schema.number)}
+    {
+        "name": schema.text,
+        "neurons": _COUNTS,
+        "shared": schema.count,
+        "difference": schema.optional(schema.number),
+        "sets": schema.listing(schema.fields({"tasks": schema.listing(schema.text), "neurons": schema.count})),
+    },
+    missing={"sets": ()},  # not in earlier files
 )
 _LAYER = schema.fields(
     {

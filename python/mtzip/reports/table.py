@@ -58,13 +58,25 @@ def _plan(report: Report) -> str:
 
 
 def _axes(report: Report) -> str:
-    rows = [["axis", *(f"neurons {task}" for task in report.tasks), "shared", "%", "difference"]]
+    by = partial_sets(report)
+    named = [f"by {', '.join(tasks)}" for tasks in by]
+    rows = [["axis", *(f"neurons {task}" for task in report.tasks), "shared", "%", *named, "difference"]]
     for axis in report.axes:
         width = min(axis.neurons.values(), default=0)
         neurons = [f"{axis.neurons[task]:,}" if task in axis.neurons else "" for task in report.tasks]
         share = f"{100 * axis.shared / width:.0f}" if width else ""
-        rows.append([axis.name, *neurons, f"{axis.shared:,}", share, _number(axis.difference)])
+        sets = {shared.tasks: f"{shared.neurons:,}" for shared in axis.sets}
+        sets = [sets.get(tasks, "") for tasks in by]
+        rows.append([axis.name, *neurons, f"{axis.shared:,}", share, *sets, _number(axis.difference)])
     return columns(rows)
+
+
+def partial_sets(report: Report) -> list[tuple[str, ...]]:
+    """Sets of tasks that share neurons, largest first; none where all tasks of every axis share all of its slots."""
+    found = {shared.tasks for axis in report.axes for shared in axis.sets}
+    if all(set(shared.tasks) == set(axis.neurons) for axis in report.axes for shared in axis.sets):
+        return []
+    return sorted(found, key=lambda tasks: (-len(tasks), [report.tasks.index(task) for task in tasks]))
 
 
 def _layers(report: Report) -> str:
