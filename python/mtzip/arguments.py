@@ -57,6 +57,12 @@ def check_arguments(networks, inputs, share, method, matching, damping, reconstr
                 raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
 
 
+def check_keep_zeros(value: Any) -> None:
+    """ValueError for what is neither True, False nor "count"."""
+    if not (isinstance(value, bool) or value == "count"):
+        raise ValueError(f"keep_zeros must be True, False or 'count', got {value!r}")
+
+
 def check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:
     """``outputs``: task to the part of its output that counts.
 

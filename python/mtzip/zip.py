@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from .arguments import check_arguments, check_outputs
+from .arguments import check_arguments, check_keep_zeros, check_outputs
 from .distributed import Ranks, agree_, check_same, together
 from .inputs import device_of
 from .memory import bytes_of, limit_of, shown
@@ -41,6 +41,7 @@ def zip_networks(
     outputs: Mapping[str, Select] | None = None,
     memory: int | float | str | None = None,
     keep_moments: bool = False,
+    keep_zeros: bool | str = False,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -83,6 +84,11 @@ def zip_networks(
         keep_moments: keep the second moments of what the shared layers read, so that :func:`add_network` can give the
             shared weights their due weight later, without these inputs. It costs the memory of a square matrix of every
             shared layer's columns a task.
+        keep_zeros: for pruned networks. True stores a weight as zero where all tasks that store it have a zero: private
+            weights keep the network's own zeros, shared ones those that all have at the matched place. Networks pruned
+            apart differ in most of them, and "count" keeps their number too: rows that tasks share have no more weights
+            than the task with most has there, those that matter most. Rows are fitted under these zeros, and
+            :func:`retrain` keeps them; the report counts what is not zero before and after.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -99,6 +105,7 @@ def zip_networks(
     """
     check_arguments(networks, inputs, share, method, matching, damping, reconstructions, samples)
     check_outputs(outputs, networks)
+    check_keep_zeros(keep_zeros)
     allowed = bytes_of(memory)
     ranks = Ranks(distributed)
     settings = (
@@ -109,6 +116,7 @@ def zip_networks(
         affine,
         damping,
         reconstructions,
+        keep_zeros,
         correspondence,
         _named(outputs),
     )
@@ -122,7 +130,7 @@ def zip_networks(
         )
     affine = affine and method == "refit"
     bars = progress and ranks.rank == 0
-    options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments)
+    options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments, keep_zeros)
     with together(ranks):
         if isinstance(share, Budget):
             result = within(share, prepared, networks, options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import unknown_task
 from .layout import Layout
 from .leaf import leaves, replace_module
+from .zeros import Zeros
 
 
 def check_name(task: Any) -> None:
@@ -50,6 +51,8 @@ class ZippedNetwork(nn.Module):
         self._together = None  # the graph of all tasks on one input
         #: Second moments of the shared layers, for :func:`mtzip.add_network`; None unless asked for, and after a load.
         self.moments: Any = None
+        #: Whether zeros of its weights are kept by :func:`mtzip.retrain`; which, the weights say.
+        self.keep_zeros = False
         #: Task to path of a module to the original's neuron that each channel of its output is.
         self.orders: dict[str, dict[str, Tensor]] = {}
 
@@ -113,6 +116,10 @@ class ZippedNetwork(nn.Module):
     def parameter_count(self) -> int:
         """Parameters stored, each shared one counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def zeros(self) -> Zeros:
+        """The zeros its weights have now, for a training loop of your own: ``zeros.restore_()`` after every step."""
+        return Zeros(self)
 
     # -- one entry a tensor in the state dict ------------------------------------------------------------------
 

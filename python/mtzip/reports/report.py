@@ -41,6 +41,8 @@ class LayerReport:
         damping: lambda relative to the mean diagonal, after any escalation.
         space: "feature" (d x d second moment) or "sample" (n x n Gram matrix).
         error: task to mean squared error of the layer's output relative to its variance in the original.
+        nonzero_before: parameters that are not zero, summed over tasks; None where that is not known.
+        nonzero_after: the same of those stored.
     """
 
     name: str
@@ -50,6 +52,8 @@ class LayerReport:
     damping: float = 0.0
     space: str = "feature"
     error: dict[str, float] = field(default_factory=dict)
+    nonzero_before: int | None = None
+    nonzero_after: int | None = None
 
 
 @dataclass
@@ -86,6 +90,8 @@ class Report:
         retraining_steps: how many steps those were.
         errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``: yours to set, kept
             in the file.
+        nonzero_before: parameters of all networks together that are not zero; None where that is not known.
+        nonzero_after: the same of the zipped network, as it was zipped.
     """
 
     tasks: tuple[str, ...]
@@ -102,11 +108,18 @@ class Report:
     retraining: dict[str, Sequence[float]] = field(default_factory=dict)
     retraining_steps: int = 0
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    nonzero_before: int | None = None
+    nonzero_after: int | None = None
 
     @property
     def ratio(self) -> float:
         """Parameters stored as a fraction of those before; 1 where there were none."""
         return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the networks were pruned: a tenth of their parameters or more are zero."""
+        return self.nonzero_before is not None and self.nonzero_before <= 0.9 * self.parameters_before
 
     def __str__(self) -> str:
         from .table import table
@@ -160,8 +173,6 @@ class Report:
         Raises:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
-        if isinstance(data, Mapping):
-            data = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, **data}  # not in earlier files
         values = _REPORT(data, "report")
         values["axes"] = [AxisReport(**axis) for axis in values["axes"]]
         values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
@@ -180,6 +191,7 @@ def _plain(value: Any) -> Any:
 
 
 _COUNTS, _NUMBERS = schema.mapping(schema.count), schema.mapping(schema.number)
+_NONZERO = dict.fromkeys(("nonzero_before", "nonzero_after"), schema.optional(schema.count))
 _AXIS = schema.fields(
     {"name": schema.text, "neurons": _COUNTS, "shared": schema.count, "difference": schema.optional(schema.number)}
 )
@@ -192,7 +204,9 @@ _LAYER = schema.fields(
         "damping": schema.number,
         "space": schema.text,
         "error": _NUMBERS,
-    }
+        **_NONZERO,
+    },
+    defaults=dict.fromkeys(_NONZERO),
 )
 _PRIVATE = schema.fields({"task": schema.text, "name": schema.text, "reason": schema.text})
 _REPORT = schema.fields(
@@ -211,7 +225,9 @@ _REPORT = schema.fields(
         "retraining": schema.mapping(schema.listing(schema.number)),
         "retraining_steps": schema.count,
         "errors": schema.mapping(_NUMBERS),
-    }
+        **_NONZERO,
+    },
+    defaults={"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, **dict.fromkeys(_NONZERO)},
 )
 
 
