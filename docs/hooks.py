@@ -124,11 +124,31 @@ def experiments(rows: Sequence[Row]) -> str:
     return _table(head, lines, numbers=5)
 
 
+def in_turn(rows: Sequence[Row]) -> str:
+    """The paper's experiments where somebody looked how many steps the error took to recover: one line a zip."""
+    if not any(row["recovered"] for row in rows):
+        return experiments(rows)
+    stages: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        stages.setdefault((row["case"], row["method"], row["share"]), []).append(row)
+    last = max(int(row["steps"]) for row in rows)
+    lines = []
+    for (case, method, share), found in stages.items():
+        rises = {
+            int(row["steps"]): f"{float(row['increase']):+.2f} ± {float(row['standard_error']):.2f}" for row in found
+        }
+        sizes = [f"{float(found[0]['fraction']):.1%}", f"{int(found[0]['nonzero']):,}", found[0]["original"]]
+        lines.append([case, method, share, *sizes, rises.get(0, ""), rises.get(last, ""), found[-1]["recovered"]])
+    head = ["networks", "method", "shared", "stored", "not zero", "originals, error %"]
+    return _table([*head, "increase, 0 steps", f"{last} steps", "steps to +0.1"], lines, numbers=6)
+
+
 #: The columns that tell a kind of file, and what draws it.
 DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"case", "way", "microseconds"}): operators,
     frozenset({"architecture", "sharable"}): architectures,
     frozenset({"work", "measure", "value"}): targets,
+    frozenset({"case", "method", "increase", "recovered"}): in_turn,
     frozenset({"case", "method", "increase"}): experiments,
 }
 

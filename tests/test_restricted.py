@@ -96,9 +96,12 @@ def test_alternating_rows_and_scales_only_gets_better(way):
 def test_batches_have_every_row_with_weights_once_and_keep_to_their_size(monkeypatch):
     monkeypatch.setattr(restricted, "BATCH", 50)
     sizes = torch.tensor([0, 3, 7, 1, 1, 2, 9, 0, 3])
-    batches = restricted._batches(sizes, torch.arange(9))
-    assert sorted(torch.cat(batches).tolist()) == [1, 2, 3, 4, 5, 6, 8]
-    assert all(len(rows) == 1 or len(rows) * int(sizes[rows].max()) ** 2 <= 50 for rows in batches)
+    for samples in (0, 6):
+        batches = restricted._batches(sizes, torch.arange(9), samples)
+        assert sorted(torch.cat(batches).tolist()) == [1, 2, 3, 4, 5, 6, 8]
+        for rows in batches:
+            most = int(sizes[rows].max())
+            assert len(rows) == 1 or len(rows) * most * max(most, samples) <= 50
 
 
 def test_float32_moments_and_a_batch_of_its_own_for_every_row(monkeypatch, assert_within):

@@ -33,6 +33,8 @@ class Case:
         flips: tasks whose training images are mirrored half of the time.
         rate: peak learning rate where a network is trained from scratch.
         seeds: of calibration images, retraining, and initial weights.
+        keep_zeros: as :func:`mtzip.zip_networks` takes it.
+        every: steps of retraining between looks at the test error, until it has recovered; 0 for none.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Case:
     flips: tuple[str, ...] = ()
     rate: float = 0.05
     seeds: tuple[int, ...] = field(default=(0,))
+    keep_zeros: bool | str = False
+    every: int = 0
 
     def images(self, seed: int) -> dict[str, Tensor]:
         """Task to its calibration images; tasks with the same data draw on their own."""

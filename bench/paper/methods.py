@@ -47,7 +47,9 @@ def zipped(
 
     def make(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
         with without():
-            return mtzip.zip_networks(case.networks, images, share=case.share, **settings)
+            return mtzip.zip_networks(
+                case.networks, images, share=case.share, **{"keep_zeros": case.keep_zeros, **settings}
+            )
 
     return make
 
@@ -134,6 +136,8 @@ METHODS: dict[str, Method] = {
     "originals": Method(originals, before=True),
     "mtzip": Method(zipped()),
     "average": Method(zipped(method="average")),
+    "zeros counted": Method(zipped(keep_zeros="count")),
+    "zeros lost": Method(zipped(keep_zeros=False)),
     "permuted": Method(permuted),
     "from scratch": Method(from_scratch, _scratch_recipe, before=False),
     "pruned": Method(pruned_apart),
@@ -154,5 +158,6 @@ METHODS: dict[str, Method] = {
 #: For a part of the neurons only: everything shared leaves nothing to plan.
 PLANNING = ("mtzip", "planned")
 METHODS["planned"] = Method(planned)
+ZEROS = ("zeros counted", "zeros lost")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
-ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING))
+ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS))

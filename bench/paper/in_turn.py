@@ -1,0 +1,48 @@
+"""Every layer zipped in turn: error against shared neurons, and steps to recover, of dense networks and of pruned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from mtzip.demo.tasks import Task
+
+from .case import Case, fewer_tests
+from .methods import ZEROS
+from .sparse import pruned
+
+#: Network to the shares of a layer whose turn has come; those before it are shared as a whole.
+TURNS = {"LeNet-300-100": (0.25, 0.5, 0.75, 1.0), "LeNet-5": (0.5, 1.0)}
+STEPS, QUICK_STEPS, EVERY = 100, 50, 10  # of retraining, and between looks at the error
+CALIBRATION, QUICK_CALIBRATION = 10_000, 1000
+
+
+def cases(
+    name: str, title: str, networks: Mapping[str, nn.Module], tasks: Mapping[str, Task], paper: str, quick: bool
+) -> Iterator[Case]:
+    """The turns of one pair, dense and then pruned.
+
+    Args:
+        name: of the network, a key of ``TURNS``.
+        title, networks, tasks, paper: of the pair, as :class:`Case` has them.
+        quick: only whole layers, fewer images and steps.
+    """
+    recipe: dict[str, Any] = {"steps": STEPS, "calibration": CALIBRATION, "seeds": (0, 1, 2), "every": EVERY}
+    parts = TURNS[name]
+    if quick:
+        recipe |= {"steps": QUICK_STEPS, "calibration": QUICK_CALIBRATION, "seeds": (0,)}
+        parts = parts[-1:]
+        few = {id(task): fewer_tests(task) for task in tasks.values()}  # tasks on the same images stay so
+        tasks = {key: few[id(task)] for key, task in tasks.items()}
+    layers = [path for path, _ in next(iter(networks.values())).named_children()][:-1]
+    turns = [(layer, part) for layer in layers for part in parts]
+    shares = [{**dict.fromkeys(layers[: layers.index(layer)], 1.0), layer: part} for layer, part in turns]
+    for share in shares:
+        yield Case(f"{title}, dense", networks, tasks, paper, ("mtzip",), share, **recipe)
+    sparse = {task: pruned(name, network, tasks[task], seed) for seed, (task, network) in enumerate(networks.items())}
+    for (_, part), share in zip(turns, shares, strict=True):
+        # Beside the zeros in common: as many zeros, and in the end none that is kept.
+        others = ZEROS if share is shares[-1] else ZEROS[:1] if part == 1 else ()
+        yield Case(f"{title}, sparse", sparse, tasks, paper, ("mtzip", *others), share, keep_zeros=True, **recipe)
