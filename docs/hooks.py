@@ -112,35 +112,17 @@ def targets(rows: Sequence[Row]) -> str:
 
 
 def experiments(rows: Sequence[Row]) -> str:
-    """The paper's experiments."""
+    """The paper's experiments; of pruned networks, and where somebody looked when they had recovered, that too."""
+    more = {"nonzero": "not zero", "recovered": "steps to +0.1"} if any(row.get("recovered") for row in rows) else {}
     lines = []
     for row in rows:
         rise = f"{float(row['increase']):+.2f} ± {float(row['standard_error']):.2f}"
         size = f"{float(row['fraction']):.1%}"
-        lines.append(
-            [row["case"], row["method"], row["share"], row["steps"], size, row["original"], row["errors"], rise]
-        )
+        errors = [row["original"], row["errors"], rise]
+        others = [f"{int(row['nonzero']):,}", row["recovered"]] if more else []
+        lines.append([row["case"], row["method"], row["share"], row["steps"], size, *errors, *others])
     head = ["networks", "method", "shared", "steps", "stored", "originals, error %", "error %", "mean increase"]
-    return _table(head, lines, numbers=5)
-
-
-def in_turn(rows: Sequence[Row]) -> str:
-    """The paper's experiments where somebody looked how many steps the error took to recover: one line a zip."""
-    if not any(row["recovered"] for row in rows):
-        return experiments(rows)
-    stages: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        stages.setdefault((row["case"], row["method"], row["share"]), []).append(row)
-    last = max(int(row["steps"]) for row in rows)
-    lines = []
-    for (case, method, share), found in stages.items():
-        rises = {
-            int(row["steps"]): f"{float(row['increase']):+.2f} ± {float(row['standard_error']):.2f}" for row in found
-        }
-        sizes = [f"{float(found[0]['fraction']):.1%}", f"{int(found[0]['nonzero']):,}", found[0]["original"]]
-        lines.append([case, method, share, *sizes, rises.get(0, ""), rises.get(last, ""), found[-1]["recovered"]])
-    head = ["networks", "method", "shared", "stored", "not zero", "originals, error %"]
-    return _table([*head, "increase, 0 steps", f"{last} steps", "steps to +0.1"], lines, numbers=6)
+    return _table([*head, *more.values()], lines, numbers=5 + len(more))
 
 
 #: The columns that tell a kind of file, and what draws it.
@@ -148,7 +130,6 @@ DRAWN: dict[frozenset[str], Callable[[Sequence[Row]], str]] = {
     frozenset({"case", "way", "microseconds"}): operators,
     frozenset({"architecture", "sharable"}): architectures,
     frozenset({"work", "measure", "value"}): targets,
-    frozenset({"case", "method", "increase", "recovered"}): in_turn,
     frozenset({"case", "method", "increase"}): experiments,
 }
 

@@ -104,6 +104,19 @@ def test_shared_rows_have_no_more_weights_than_the_task_with_most(method):
         assert not (stored & (before["a"][at] == 0) & (before["b"][at] == 0)).any()
 
 
+def test_zeros_are_counted_where_no_place_is_zero_in_all_tasks():
+    """Complementary supports: in common there is no zero, in number each has half."""
+    networks, data = pair(mlp), inputs(6)
+    for parity, network in enumerate(networks.values()):
+        for layer in network[::2]:
+            odd = (torch.arange(layer.out_features)[:, None] + torch.arange(layer.in_features) + parity) % 2
+            layer.weight.data *= odd
+    count = [(network[0].weight != 0).sum(1) for network in networks.values()]
+    zipped = mtzip.zip_networks(networks, some(data, networks), {"0": 1.0}, keep_zeros="count")
+    stored = zipped["a"][0].unscaled_weight() != 0
+    assert [set(c.tolist()) for c in count] == [{3}, {3}] and set(stored.sum(1).tolist()) == {3}
+
+
 @pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_its_copy_a_network_keeps_exactly_its_zeros(kind, keep):

@@ -92,7 +92,7 @@ def layers(rows: Rows) -> Figure:
     rows = [row for row in rows if row["method"] == "mtzip"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure = _figure(5.2 * min(len(cases), 2), 2.9 * -(-len(cases) // 2))
-    panels = figure.subplots(-(-len(cases) // 2), min(len(cases), 2), squeeze=False, sharex=True).flatten()
+    panels = figure.subplots(-(-len(cases) // 2), min(len(cases), 2), squeeze=False, sharex=True, sharey=True).flatten()
     for panel, case in zip(panels, cases, strict=False):
         found = [row for row in rows if row["case"] == case]
         shares = list(dict.fromkeys(row["share"] for row in found))

@@ -1,4 +1,4 @@
-"""Every layer zipped in turn: error against shared neurons, and steps to recover, of dense networks and of pruned ones."""
+"""Every layer zipped in turn: error against shared neurons and steps to recover, of dense networks and pruned ones."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ def cases(
         few = {id(task): fewer_tests(task) for task in tasks.values()}  # tasks on the same images stay so
         tasks = {key: few[id(task)] for key, task in tasks.items()}
     layers = [path for path, _ in next(iter(networks.values())).named_children()][:-1]
-    turns = [(layer, part) for layer in layers for part in parts]
-    shares = [{**dict.fromkeys(layers[: layers.index(layer)], 1.0), layer: part} for layer, part in turns]
+    shares = [{**dict.fromkeys(layers[:at], 1.0), layer: part} for at, layer in enumerate(layers) for part in parts]
     for share in shares:
         yield Case(f"{title}, dense", networks, tasks, paper, ("mtzip",), share, **recipe)
     sparse = {task: pruned(name, network, tasks[task], seed) for seed, (task, network) in enumerate(networks.items())}
-    for (_, part), share in zip(turns, shares, strict=True):
-        # Beside the zeros in common: as many zeros, and in the end none that is kept.
-        others = ZEROS if share is shares[-1] else ZEROS[:1] if part == 1 else ()
-        yield Case(f"{title}, sparse", sparse, tasks, paper, ("mtzip", *others), share, keep_zeros=True, **recipe)
+    for share in shares:
+        methods = ("mtzip", *(ZEROS if share is shares[-1] else ZEROS[:1]))  # in the end also without keeping any
+        yield Case(f"{title}, sparse", sparse, tasks, paper, methods, share, keep_zeros=True, **recipe)

@@ -71,9 +71,8 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
     result.orders = stored_orders(sweep)
     if options.keep_moments:
         layers = dict(zip(tasks, sweep.kept, strict=True))
-        result.moments = Kept(
-            options.method, options.matching, options.affine, options.damping, options.keep_zeros, layers
-        )
+        how = options.method, options.matching, options.affine, options.damping
+        result.moments = Kept(*how, layers, options.keep_zeros)
     result.keep_zeros = bool(options.keep_zeros)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()

@@ -51,8 +51,8 @@ class Kept:
     matching: str
     affine: bool
     damping: float | None
-    keep_zeros: bool | str
     layers: dict[str, dict[str, KeptLayer]]
+    keep_zeros: bool | str = False
 
     @property
     def nbytes(self) -> int:

@@ -18,8 +18,9 @@ from .columns import Unknown
 from .part import Part
 from .solve import JointSystem, cholesky, fit_scales, joint_rows, normalised
 
-#: Iterations of conjugate gradients at most, and those that a row's own factorisation may cost as much as. Measured,
-#: 1,024 columns, 512 rows: with a tenth of the weights 2 s by factorisations against 6 s, with six tenths 47 s against 10.
+#: Iterations of conjugate gradients at most, and those that a row's own factorisation may cost as much as. Measured on
+#: 1,024 columns and 512 rows: with a tenth of the weights factorisations take 2 s and iterations 6, with six tenths 47
+#: and 10.
 ITERATIONS, WORTH = 300, 2
 
 #: Entries of what is put together in one batch: 32 MiB.
@@ -61,7 +62,7 @@ def mean_with_zeros(parts: Mapping[int, Part], rows: Mapping[int, Tensor], unkno
 
 
 def support_of(parts: Mapping[int, Part], rows: Mapping[int, Tensor], unknown: Unknown, size: int) -> Tensor | None:
-    """Where rows that tasks store together may have weights, [size, r]; None where that is everywhere.
+    """Where rows that tasks store together may have weights, [size, r]; None where no zero is to be kept.
 
     A weight is zero where all tasks that store it have a zero. A shared bias, behind the columns, is free.
 
@@ -73,7 +74,8 @@ def support_of(parts: Mapping[int, Part], rows: Mapping[int, Tensor], unknown: U
         return None
     support = torch.stack([_own_support(parts[task], own, unknown, size) for task, own in rows.items()]).any(0)
     support[unknown.size :] = True
-    return None if bool(support.all()) else support
+    kept = any(parts[task].counted and not bool(parts[task].support[own].all()) for task, own in rows.items())
+    return support if kept or not bool(support.all()) else None
 
 
 def fewer_weights(

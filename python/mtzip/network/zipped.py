@@ -35,6 +35,9 @@ class ZippedNetwork(nn.Module):
     share, ``networks.<task>.<path>`` for the rest. Made by :func:`mtzip.zip_networks` and :func:`mtzip.load`.
     """
 
+    #: Whether :func:`mtzip.retrain` keeps zeros of its weights; which these are, the weights say.
+    keep_zeros = False
+
     def __init__(self, networks: Mapping[str, nn.Module], report, originals: Mapping[str, nn.Module] | None = None):
         super().__init__()
         self.networks = nn.ModuleDict()
@@ -51,8 +54,6 @@ class ZippedNetwork(nn.Module):
         self._together = None  # the graph of all tasks on one input
         #: Second moments of the shared layers, for :func:`mtzip.add_network`; None unless asked for, and after a load.
         self.moments: Any = None
-        #: Whether zeros of its weights are kept by :func:`mtzip.retrain`; which, the weights say.
-        self.keep_zeros = False
         #: Task to path of a module to the original's neuron that each channel of its output is.
         self.orders: dict[str, dict[str, Tensor]] = {}
 

@@ -179,7 +179,7 @@ def _layers(report: Report) -> str:
             f"<tr><td>{name(layer.name)}</td><td>{layer.before:,}</td><td>{layer.after:,}</td><td>{ratio}</td>"
             f'<td class="gauge">{sizes}</td>{_nonzero(report, layer)}{found}<td>{number(layer.damping)}</td></tr>'
         )
-    sparse = "<th>not zero</th><th>stored</th>" if report.is_sparse else ""
+    sparse = "<th>not zero</th><th>stored, not zero</th>" if report.is_sparse else ""
     head = f"<th>layer</th><th>parameters</th><th>stored</th><th></th><th></th>{sparse}" + "".join(
         f'<th>error {text(task)}</th><th class="gauge"></th>' for task in report.tasks
     )

@@ -59,7 +59,7 @@ def _axes(report: Report) -> str:
 
 def _layers(report: Report) -> str:
     errors = [f"error {task}" for task in report.tasks]
-    sparse = ["non-zero", "stored"] if report.is_sparse else []
+    sparse = ["non-zero", "stored non-zero"] if report.is_sparse else []
     rows = [["layer", "parameters", "stored", "%", *sparse, *errors, "damping", "moments"]]
     for layer in report.layers:
         ratio = f"{100 * layer.after / layer.before:.1f}" if layer.before else ""

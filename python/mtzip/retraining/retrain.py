@@ -62,7 +62,7 @@ def retrain(
 
     Args:
         zipped: the network to retrain; frozen parameters (``requires_grad=False``) stay as they are, and so do zeros
-            of the weights where it was zipped with ``keep_zeros=True``.
+            of the weights where it was zipped with ``keep_zeros``.
         loaders: task to batches, for every task: a DataLoader or other re-iterable of batches, or a whole data set as
             a tensor, an ``(inputs, targets)`` tuple of tensors, a dict of tensors or a Dataset. Each goes round on its
             own. Batches are inputs, ``(inputs, targets)``, or dicts of keyword arguments (``labels`` the target).
