@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_paper import network, task_of
 
+import mtzip
 from bench.paper import draw, in_turn, run, sparse
 from bench.paper.case import Case
 from bench.paper.measure import wrong
@@ -73,6 +74,24 @@ def test_recovery_is_the_first_look_within_a_tenth_of_a_point():
     never = Recovery(zipped, Case("x", {}, {"a": task}, "?", ()), wrong(zipped, case.tasks))
     never(0)
     assert never.steps == math.inf and zipped.looks == 5
+
+
+def test_recovery_sees_the_weights_of_now():
+    """Of leaves that keep assembled weights, after a fused step, which leaves no trace."""
+    tasks = {"a": task_of("a"), "b": task_of("b", 4, 1)}
+    networks = {"a": network(0), "b": network(1)}
+    case = Case("x", networks, tasks, "?", (), every=1)
+    zipped = mtzip.zip_networks(networks, case.images(0), {"fc1": 0.5})
+    recovery = Recovery(zipped, case, {task: torch.zeros(100) for task in "ab"})
+    recovery(0)
+    optimizer = torch.optim.Adam(zipped.parameters(), lr=1.0, fused=True)
+    sum(zipped[task](tasks[task].train_images[:50]).square().sum() for task in "ab").backward()
+    optimizer.step()
+    recovery(1)
+    now = wrong({task: zipped.extract(task) for task in "ab"}, tasks)
+    expected = 50 * sum(values.mean().item() for values in now.values())
+    assert recovery.increases[1] == pytest.approx(expected)
+    assert recovery.increases[0] != recovery.increases[1]
 
 
 def test_steps_to_recover_are_the_median_over_seeds():
