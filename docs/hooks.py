@@ -112,16 +112,17 @@ def targets(rows: Sequence[Row]) -> str:
 
 
 def experiments(rows: Sequence[Row]) -> str:
-    """The paper's experiments."""
+    """The paper's experiments; of pruned networks, and where somebody looked when they had recovered, that too."""
+    more = {"nonzero": "not zero", "recovered": "steps to +0.1"} if any(row.get("recovered") for row in rows) else {}
     lines = []
     for row in rows:
         rise = f"{float(row['increase']):+.2f} ± {float(row['standard_error']):.2f}"
         size = f"{float(row['fraction']):.1%}"
-        lines.append(
-            [row["case"], row["method"], row["share"], row["steps"], size, row["original"], row["errors"], rise]
-        )
+        errors = [row["original"], row["errors"], rise]
+        others = [f"{int(row['nonzero']):,}", row["recovered"]] if more else []
+        lines.append([row["case"], row["method"], row["share"], row["steps"], size, *errors, *others])
     head = ["networks", "method", "shared", "steps", "stored", "originals, error %", "error %", "mean increase"]
-    return _table(head, lines, numbers=5)
+    return _table([*head, *more.values()], lines, numbers=5 + len(more))
 
 
 def resources(rows: Sequence[Row]) -> str:

@@ -46,7 +46,12 @@ class Problem:
         ]
 
     def dense(self, row: int, scales: list[float]) -> torch.Tensor:
-        """theta of one row: every sample and every damping term an equation of one least-squares problem."""
+        """theta of one row."""
+        equations, values = self.equations(row, scales)
+        return torch.linalg.lstsq(equations, values[:, None]).solution[:, 0]
+
+    def equations(self, row: int, scales: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every sample and every damping term an equation of one least-squares problem: [e, size] and [e]."""
         equations, values = [], []
         for x, z, w, index, alpha, damping, scale in zip(
             self.x, self.z, self.w, self.indices, self.alphas, self.dampings, scales, strict=True
@@ -58,7 +63,7 @@ class Problem:
             values.append(weight * (z - z.mean(0))[:, row])
             equations.append((alpha * damping) ** 0.5 * scale * choose)
             values.append((alpha * damping) ** 0.5 * w[row])
-        return torch.linalg.lstsq(torch.cat(equations), torch.cat(values)[:, None]).solution[:, 0]
+        return torch.cat(equations), torch.cat(values)
 
     def cost(self, theta: torch.Tensor, scales) -> torch.Tensor:
         """What the rows cost, [ROWS], written out."""

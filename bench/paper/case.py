@@ -35,6 +35,8 @@ class Case:
         recipe: what :func:`mtzip.retrain` is told beside data, steps, teachers and seed.
         rate: peak learning rate where a network is trained from scratch.
         seeds: of calibration images, retraining, and initial weights.
+        keep_zeros: as :func:`mtzip.zip_networks` takes it.
+        every: steps of retraining between looks at the test error, until it has recovered; 0 for none.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Case:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 0.05
     seeds: tuple[int, ...] = field(default=(0,))
+    keep_zeros: bool | str = False
+    every: int = 0
 
     def images(self, seed: int) -> dict[str, Tensor]:
         """Task to its calibration images; tasks with the same data draw on their own."""

@@ -1,7 +1,7 @@
 """python -m bench.paper.draw NAME FILE.csv PICTURE: the picture of an experiment's rows as the command wrote them.
 
 ``ablations`` draws the mean increase of every method, before and after retraining; ``several`` the increase of the mean
-and of the worst task against the number of networks.
+and of the worst task against the number of networks; ``layers`` the mean increase where every layer is zipped in turn.
 """
 
 from __future__ import annotations
@@ -87,7 +87,33 @@ def several(rows: Rows) -> Figure:
     return figure
 
 
-DRAWN = {"ablations": ablations, "several": several}
+def layers(rows: Rows) -> Figure:
+    """A panel a case: mean increase against what is shared, layer after layer, before retraining and after it."""
+    rows = [row for row in rows if row["method"] == "mtzip"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = _figure(5.2 * min(len(cases), 2), 2.9 * -(-len(cases) // 2))
+    panels = figure.subplots(-(-len(cases) // 2), min(len(cases), 2), squeeze=False, sharex=True, sharey=True).flatten()
+    for panel, case in zip(panels, cases, strict=False):
+        found = [row for row in rows if row["case"] == case]
+        shares = list(dict.fromkeys(row["share"] for row in found))
+        last = max(int(row["steps"]) for row in found)
+        for steps, style, color in ((0, "o--", GIVEN), (last, "o-", AFTER)):
+            chosen = {row["share"]: row for row in found if int(row["steps"]) == steps}
+            values, spread = ([float(chosen[share][key]) for share in shares] for key in ("increase", "standard_error"))
+            panel.errorbar(
+                range(len(shares)), values, spread, fmt=style, color=color, markersize=4, label=f"{steps} steps"
+            )
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.axhline(0.1, color=BEFORE, linewidth=0.8)
+        ticks = [share.split(", ")[-1] for share in shares]  # those before are shared as a whole
+        panel.set_xticks(range(len(shares)), ticks, rotation=45, ha="right", fontsize=8)
+        panel.set_title(case, fontsize=10)
+        panel.set_ylabel("mean increase, points", fontsize=9)
+        panel.legend(fontsize=8)
+    return figure
+
+
+DRAWN = {"ablations": ablations, "several": several, "layers": layers}
 
 
 def _methods(rows: Rows, case: str) -> list[str]:

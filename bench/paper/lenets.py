@@ -11,6 +11,7 @@ from mtzip.demo.tasks import Task
 
 from .. import data
 from ..networks import pretrained
+from . import in_turn
 from .case import Case
 from .methods import ABLATIONS, BASELINES
 
@@ -36,14 +37,14 @@ def cases(
     mnist, fashion = data.task("mnist", data.mnist), data.task("fashion-mnist", data.fashion_mnist)
     same = {letter: pretrained(file.format(letter)) for letter in letters}
     tasks = dict.fromkeys(letters, mnist)
-    yield from _pair(f"{name} MNIST {'+'.join(letters)}", same, tasks, quick, ablations)
+    yield from _pair(name, f"{name} MNIST {'+'.join(letters)}", same, tasks, quick, ablations)
     apart = {task.name: trained(kind, task, seed) for seed, task in enumerate((mnist, fashion), start=1)}
     tasks = {task.name: task for task in (mnist, fashion)}
-    yield from _pair(f"{name} MNIST + Fashion", apart, tasks, quick, ablations)
+    yield from _pair(name, f"{name} MNIST + Fashion", apart, tasks, quick, ablations)
 
 
 def _pair(
-    title: str, networks: Mapping[str, nn.Module], tasks: Mapping[str, Task], quick: bool, ablations: bool
+    name: str, title: str, networks: Mapping[str, nn.Module], tasks: Mapping[str, Task], quick: bool, ablations: bool
 ) -> Iterator[Case]:
     pair = (title, networks, tasks, PAPER)
     recipe = {"calibration": CALIBRATION, "seeds": (0,) if quick else (0, 1, 2)}
@@ -54,3 +55,6 @@ def _pair(
         for share in PARTS:
             yield Case(*pair, ("mtzip", "average", "permuted"), share, **recipe)
     yield Case(*pair, ("mtzip", *ABLATIONS) if ablations else BASELINES, 1.0, STEPS, **recipe)
+    same = len({id(task) for task in tasks.values()}) == 1
+    if not ablations and (same or not quick):
+        yield from in_turn.cases(name, *pair, quick)

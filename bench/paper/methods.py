@@ -49,7 +49,9 @@ def zipped(
 
     def make(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
         with without():
-            return mtzip.zip_networks(case.networks, images, share=case.share, **settings)
+            return mtzip.zip_networks(
+                case.networks, images, share=case.share, **{"keep_zeros": case.keep_zeros, **settings}
+            )
 
     return make
 
@@ -137,6 +139,8 @@ METHODS: dict[str, Method] = {
     "mtzip": Method(zipped()),
     "merged": Method(zipped(follow=False)),
     "average": Method(zipped(method="average")),
+    "zeros counted": Method(zipped(keep_zeros="count")),
+    "zeros lost": Method(zipped(keep_zeros=False)),
     "permuted": Method(permuted),
     "from scratch": Method(from_scratch, _scratch_recipe, before=False, labels=True),
     "pruned": Method(pruned_apart),
@@ -154,10 +158,11 @@ METHODS: dict[str, Method] = {
     "no distillation": Method(zipped(), lambda case: {"teachers": {}}, labels=True),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
 }
-#: For a part of the neurons only: everything shared leaves nothing to plan.
 #: A trunk merged of all tasks', whatever would be better.
 MERGED = "merged"
+#: For a part of the neurons only: everything shared leaves nothing to plan.
 PLANNING = ("mtzip", "planned")
 METHODS["planned"] = Method(planned)
+ZEROS = ("zeros counted", "zeros lost")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
-ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, MERGED))
+ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED))

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import mtzip
+from mtzip.network.zeros import nonzero
 
 from . import measure
 from .case import Case
 from .methods import METHODS
+from .recovery import Recovery, shown
 from .table import Row
 
 
@@ -23,6 +25,8 @@ class _Stage:
     found: list[measure.Wrong] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    nonzero: list[int] = field(default_factory=list)
+    recovered: list[float] = field(default_factory=list)
 
 
 def rows(case: Case) -> Iterator[Row]:
@@ -40,8 +44,12 @@ def rows(case: Case) -> Iterator[Row]:
             if case.steps and name != "originals":
                 settings = {"teachers": case.networks, **case.recipe, **method.retrain(case)}
                 loaders = case.loaders(case.labels or method.labels)
-                mtzip.retrain(zipped, loaders, case.steps, seed=seed, **settings)
-                _measure(stages.setdefault(case.steps, _Stage()), zipped, case, time.perf_counter() - start)
+                recovery = Recovery(zipped, case, before)
+                recovery(0)
+                mtzip.retrain(zipped, loaders, case.steps, seed=seed, log=recovery, **settings)
+                stage = stages.setdefault(case.steps, _Stage())
+                _measure(stage, zipped, case, time.perf_counter() - start)
+                stage.recovered += [recovery.steps] if case.every else []
         for steps, stage in stages.items():
             after = measure.mean_of(stage.found)
             yield Row(
@@ -58,6 +66,8 @@ def rows(case: Case) -> Iterator[Row]:
                 case.paper,
                 statistics.mean(stage.seconds),
                 max(100 * (after[task] - before[task]).mean().item() for task in case.tasks),
+                round(statistics.mean(stage.nonzero)),
+                shown(stage.recovered, steps) if stage.recovered else "",
             )
 
 
@@ -65,12 +75,15 @@ def _measure(stage: _Stage, zipped: mtzip.ZippedNetwork, case: Case, seconds: fl
     stage.found.append(measure.wrong({task: zipped[task] for task in zipped}, case.tasks))
     stage.stored.append(zipped.parameter_count())
     stage.seconds.append(seconds)
+    stage.nonzero.append(nonzero(zipped.parameters()))
 
 
 def _share(share: float | Mapping[str, float] | mtzip.Budget) -> str:
     if isinstance(share, mtzip.Budget):
         return f"budget {share.parameters:.1%}"
-    return f"{share:.0%}" if isinstance(share, float) else ", ".join(share)
+    if isinstance(share, float):
+        return f"{share:.0%}"
+    return ", ".join(axis if part == 1 else f"{axis} {part:.0%}" for axis, part in share.items())
 
 
 def _listed(errors: dict[str, float]) -> str:

@@ -30,6 +30,8 @@ class Row:
         paper: what the paper reports.
         seconds: for zipping and retraining, a seed.
         worst: largest increase of a task, percentage points.
+        nonzero: parameters stored that are not zero.
+        recovered: steps until the mean increase was 0.1 (``bench.paper.recovery.WITHIN``) or less; "" if not looked at.
     """
 
     case: str
@@ -46,18 +48,20 @@ class Row:
     paper: str
     seconds: float
     worst: float
+    nonzero: int = 0
+    recovered: str = ""
 
     @property
     def cells(self) -> list[str]:
         """What the table shows, in the order of :data:`HEAD`."""
         rise = f"{self.increase:+.2f} ± {self.standard_error:.2f}"
-        size = f"{self.stored:,}", f"{self.fraction:.1%}"
-        ends = f"{self.worst:+.2f}", f"{self.seeds}", f"{self.seconds:.0f}", self.paper
+        size = f"{self.stored:,}", f"{self.fraction:.1%}", f"{self.nonzero:,}"
+        ends = f"{self.worst:+.2f}", self.recovered, f"{self.seeds}", f"{self.seconds:.0f}", self.paper
         return [self.case, self.method, self.share, f"{self.steps}", *size, self.original, self.errors, rise, *ends]
 
 
-HEAD = ["case", "method", "shared", "steps", "stored", "of all"]
-HEAD += ["originals, error %", "error %", "mean increase", "worst", "seeds", "s", "paper"]
+HEAD = ["case", "method", "shared", "steps", "stored", "of all", "not zero"]
+HEAD += ["originals, error %", "error %", "mean increase", "worst", "recovered", "seeds", "s", "paper"]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -73,6 +73,12 @@ def check_slots(slots: str, share: Any) -> None:
         )
 
 
+def check_keep_zeros(value: Any) -> None:
+    """ValueError for what is neither True, False nor "count"."""
+    if not (isinstance(value, bool) or value == "count"):
+        raise ValueError(f"keep_zeros must be True, False or 'count', got {value!r}")
+
+
 def check_outputs(outputs: Any, networks: Mapping[str, nn.Module]) -> None:
     """``outputs``: task to the part of its output that counts.
 

@@ -18,6 +18,7 @@ from .merging.sensitivity import sensitivities
 from .merging.spill import Store
 from .merging.sweep import Sweep
 from .network.example import remembered
+from .network.zeros import nonzero
 from .network.zipped import ZippedNetwork
 from .planning.budget import Budget, Plan, counts_for_parameters, path_of_counts
 from .planning.plan import make_plan, plan_axes
@@ -65,14 +66,18 @@ def _zip(prepared: Prepared, networks: Mapping[str, nn.Module], options: Options
     report.memory = {"estimate": wanted.total, "least": wanted.least, "kept": store.peak, "spilled": store.spilled}
     report.private = [Private(tasks[task], note.name, note.reason) for task, note in correspondence.notes]
     report.parameters_before = sum(p.numel() for network in networks.values() for p in network.parameters())
+    report.nonzero_before = sum(nonzero(original.parameters()) for original in prepared.originals)
     originals = dict(zip(tasks, prepared.originals, strict=True))
     result = ZippedNetwork(dict(zip(tasks, sweep.networks, strict=True)), report, originals)
     result.orders = stored_orders(sweep)
     if options.keep_moments:
         layers = dict(zip(tasks, sweep.kept, strict=True))
-        result.moments = Kept(options.method, options.matching, options.affine, options.damping, layers)
+        how = options.method, options.matching, options.affine, options.damping
+        result.moments = Kept(*how, layers, options.keep_zeros)
+    result.keep_zeros = bool(options.keep_zeros)
     result.training = any(network.training for network in networks.values())
     report.parameters_after = result.parameter_count()
+    report.nonzero_after = nonzero(result.parameters())
     for analysis in analyses:
         exported = analysis.exported
         result.example_inputs[exported.task] = remembered(exported.example, exported.fixed_batch)

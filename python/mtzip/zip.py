@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from .arguments import check_arguments, check_outputs, check_slots
+from .arguments import check_arguments, check_keep_zeros, check_outputs, check_slots
 from .distributed import Ranks, agree_, check_same, together
 from .follow import check_follow, zip_following
 from .inputs import device_of
@@ -46,6 +46,7 @@ def zip_networks(
     memory: int | float | str | None = None,
     keep_moments: bool = False,
     slots: str = "all",
+    keep_zeros: bool | str = False,
     distributed: bool | None = None,
     progress: bool = False,
 ) -> ZippedNetwork:
@@ -96,6 +97,11 @@ def zip_networks(
             two or more of them. With "some" a neuron joins stored ones where that costs least, and as many neurons are
             stored: each axis has as many joins as "all" would make, whichever tasks they are of. Budgets and plans
             count on "all".
+        keep_zeros: for pruned networks. True stores a weight as zero where all tasks that store it have a zero: private
+            weights keep the network's own zeros, shared ones those that all have at the matched place. Networks pruned
+            apart differ in most of them, and "count" keeps their number too: rows that tasks share have no more weights
+            than the task with most has there, those that matter most. Rows are fitted under these zeros, and
+            :func:`retrain` keeps them; the report counts what is not zero before and after.
         distributed: None works together with the processes of torch.distributed's default group, if there is one: call
             it in all of them with the same networks, each with its own part of the inputs (``x[rank::size]``, or what a
             DistributedSampler gives). All come to the same network, bit for bit. False works alone.
@@ -114,6 +120,7 @@ def zip_networks(
     check_slots(slots, share)
     check_outputs(outputs, networks)
     check_follow(follow, networks, method)
+    check_keep_zeros(keep_zeros)
     allowed = bytes_of(memory)
     ranks = Ranks(distributed)
     settings = (
@@ -125,6 +132,7 @@ def zip_networks(
         damping,
         reconstructions,
         follow,
+        keep_zeros,
         correspondence,
         slots,
         _named(outputs),
@@ -139,7 +147,7 @@ def zip_networks(
         )
     affine = affine and method == "refit"
     bars = progress and ranks.rank == 0
-    options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments)
+    options = Options(method, {}, matching, affine, damping, reconstructions, bars, keep_moments, keep_zeros)
     if slots == "some":
         options.partial = partial_axes(prepared.analyses, prepared.correspondence)
     with together(ranks):

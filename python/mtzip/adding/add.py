@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,11 @@ from ..arguments import check_arguments
 from ..distributed import Ranks, agree_, check_same, together
 from ..inputs import calibration_batches, device_of
 from ..merging.execute import Execution
-from ..merging.kept import Kept
 from ..merging.options import Options
 from ..merging.orders import stored_orders
 from ..merging.sensitivity import sensitivities
 from ..network.example import example_of, remembered
+from ..network.zeros import nonzero
 from ..network.zipped import ZippedNetwork
 from ..planning.budget import Budget, Plan
 from ..prepare import chunks_of
@@ -84,7 +85,7 @@ def add_network(
         networks = [*copy.deepcopy(zipped.networks).values(), copy.deepcopy(network)]
         execution = Execution(analyses[new], networks[new], chunks_of(analyses[new], batches))
         shown = progress and ranks.rank == 0
-        options = Options(kept.method, {}, kept.matching, kept.affine, kept.damping, 0, shown, True)
+        options = Options(kept.method, {}, kept.matching, kept.affine, kept.damping, 0, shown, True, kept.keep_zeros)
         layers = [kept.layers[earlier] for earlier in zipped.tasks]
         tasks = [*zipped.tasks, task]
         sweep = Joining(tasks, analyses, correspondence, execution, networks, options, layers)
@@ -133,11 +134,13 @@ def _assembled(zipped: ZippedNetwork, sweep: Joining, task: str, network: nn.Mod
     result.orders = {**zipped.orders, task: stored_orders(sweep)[task]}
     result.example_inputs = {**zipped.example_inputs, task: remembered(exported.example, exported.fixed_batch)}
     result.training = zipped.training or network.training
+    result.keep_zeros = zipped.keep_zeros
     moments = zipped.moments
     layers = {**moments.layers, task: sweep.kept[sweep.new]}
-    result.moments = Kept(moments.method, moments.matching, moments.affine, moments.damping, layers)
+    result.moments = dataclasses.replace(moments, layers=layers)
     result.report = _report(zipped, sweep, task, network, seconds)
     result.report.parameters_after = result.parameter_count()
+    result.report.nonzero_after = nonzero(result.parameters())
     return result
 
 
@@ -150,11 +153,12 @@ def _report(zipped: ZippedNetwork, sweep: Joining, task: str, network: nn.Module
         if layer.name not in sweep.sizes and not layer.name.endswith(f"({task})"):
             layer.name = f"{layer.name} ({task})"
     report.layers = _updated(
-        old.layers, {layer.name: layer for layer in sweep.layers}, lambda a, b: _layer(a, b, sweep.sizes[a.name])
+        old.layers, {layer.name: layer for layer in sweep.layers}, lambda a, b: _layer(a, b, *sweep.sizes[a.name])
     )
     notes = [Private(task, note.name, note.reason) for at, note in sweep.correspondence.notes if at == sweep.new]
     report.private = [*old.private, *notes, *sweep.left_private()]
     report.parameters_before = old.parameters_before + sum(p.numel() for p in network.parameters())
+    report.nonzero_before = _added(old.nonzero_before, nonzero(network.parameters()))
     return report
 
 
@@ -167,8 +171,14 @@ def _axis(old: AxisReport, new: AxisReport) -> AxisReport:
     return AxisReport(old.name, {**old.neurons, **new.neurons}, new.shared, new.difference, new.sets)
 
 
-def _layer(old: LayerReport, new: LayerReport, size: int) -> LayerReport:
-    """A layer that a task of so many parameters there has joined."""
+def _added(count: int | None, more: int) -> int | None:
+    return None if count is None else count + more
+
+
+def _layer(old: LayerReport, new: LayerReport, size: int, nonzero: int) -> LayerReport:
+    """A layer that a task of so many parameters there has joined, so many of them not zero."""
     errors = {**old.error, **{task: error + old.error.get(task, 0.0) for task, error in new.error.items()}}
     samples = {**old.samples, **new.samples}
-    return LayerReport(old.name, old.before + size, new.after, samples, new.damping, new.space, errors)
+    before = _added(old.nonzero_before, nonzero)
+    sizes = old.name, old.before + size, new.after
+    return LayerReport(*sizes, samples, new.damping, new.space, errors, before, new.nonzero_after)

@@ -25,6 +25,7 @@ from ..merging.part import Part, Systems, place_of, positions, settle
 from ..merging.sweep import Sweep
 from ..network.layout import Run
 from ..network.leaf import SharedLayer, replace_module
+from ..network.zeros import nonzero
 from ..planning.activations import correlations, same_form
 from ..planning.observe import Observed, observe
 from ..reports.report import AxisReport, Private, SharedBy
@@ -62,7 +63,8 @@ class Joining(Sweep):
         self._earlier = kept
         self._open: list[AxisGroup] = []  # axes the new task may join
         self._joined: set[int] = set()  # those it has joined
-        self.sizes: dict[str, int] = {}  # name of a group that was joined to the parameters of the new task's layer
+        #: Name of a group that was joined to the parameters of the new task's layer, and those that are not zero.
+        self.sizes: dict[str, tuple[int, int]] = {}
         for axis in correspondence.axes:
             slots = self._stored(axis) if self.new in axis.atoms else None
             if slots is not None:
@@ -266,7 +268,8 @@ class Joining(Sweep):
         for task in earlier:
             member = group.layers[task]
             kept = self._earlier[task][member.path]
-            parts[task] = kept_part(kept, task, member, self.analyses[task], self.networks[task], columns[task], fold)
+            network, zeros = self.networks[task], self.options.keep_zeros
+            parts[task] = kept_part(kept, task, member, self.analyses[task], network, columns[task], fold, zeros)
         parts[new] = self._part(new, layer, columns[new], len(parts) + 1)
         settle(parts, self.options.affine)
         systems = Systems(parts)
@@ -313,7 +316,8 @@ class Joining(Sweep):
             report = self._install(group, parts, runs, solved)
         report.damping *= systems.escalation
         self._keep({new: parts[new]})
-        self.sizes[group.name] = parts[new].analysis.size_of(parts[new].layer)
+        own = parts[new].analysis.tensors_of(parts[new].layer)
+        self.sizes[group.name] = sum(tensor.numel() for tensor in own), nonzero(own)
         for task, values in norms.items():
             left = torch.tensor([n for n, tasks in enumerate(_owners(runs[task])) if new not in tasks]).long()
             with torch.no_grad():

@@ -28,6 +28,7 @@ from .moments import MOMENT_SAMPLES, Moment, Target, View, at_least_float32, eno
 from .norms import folded_affine
 from .options import Options
 from .part import Part
+from .restricted import fewer_weights, support_of
 from .solve import automatic_damping
 
 
@@ -132,6 +133,7 @@ def grouped_part(
     columns = (Run(tuple(members), weight.shape[1] // math.prod(layer.kernel)),)
     part = GroupedPart(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
     part.normalised = options.method != "mtz"
+    part.note_zeros(weight, options.keep_zeros)
     if options.method != "average" and layer.norm is not None:
         part.fold = folded_affine(analysis, layer.norm)
         if order is not None:
@@ -201,10 +203,19 @@ def solve_grouped(
             b = damped @ weight
         sides[task] = damped * part.alpha, b * part.alpha
         system, right = system + sides[task][0], right + sides[task][1]
+    every = torch.arange(size)
+    unknown = Unknown(size, dict.fromkeys(tasks, every), {tuple(tasks): slice(0, size)}, dict.fromkeys(tasks, every))
     if method == "average":
         theta = sum(parts[t].weight[rows[t]].view(len(chosen[t]), -1, size).mT for t in tasks) / len(tasks)
+        system, right = torch.eye(size, dtype=theta.dtype, device=theta.device).expand(len(theta), -1, -1), theta
     else:
         theta = torch.linalg.solve(system, right)
+    support = support_of(parts, rows, unknown, size)
+    if support is not None:
+        theta = _restricted(system, right, support)
+        importance = theta.square() * system.diagonal(dim1=1, dim2=2)[..., None]
+        fewer = fewer_weights(parts, rows, unknown, importance.mT.reshape(-1, size).T, support)
+        theta = theta if fewer is support else _restricted(system, right, fewer)
     solved = {}
     for task in tasks:
         part = parts[task]
@@ -222,6 +233,17 @@ def solve_grouped(
         else:
             constant = part.bias[rows[task]]
         solved[task] = Rows(own, scale.flatten(), constant)
-    every = torch.arange(size)
-    unknown = Unknown(size, dict.fromkeys(tasks, every), {tuple(tasks): slice(0, size)}, dict.fromkeys(tasks, every))
     return unknown, theta.mT.reshape(-1, size).T, solved
+
+
+def _restricted(system: Tensor, right: Tensor, support: Tensor) -> Tensor:
+    """Rows [s, d, r] of s groups that are zero outside of their support: :mod:`mtzip.merging.restricted`, as one batch.
+
+    Args:
+        system: [s, d, d].
+        right: [s, d, r].
+        support: [d, s r].
+    """
+    kept = support.T.view(len(system), -1, system.shape[1]).to(system.dtype)  # [s, r, d]
+    matrices = system[:, None] * kept[..., :, None] * kept[..., None, :] + torch.diag_embed(1 - kept)
+    return torch.linalg.solve(matrices, (right.mT * kept)[..., None])[..., 0].mT

@@ -43,7 +43,7 @@ class Kept:
     """All of a zipped network, and how it was merged.
 
     Args:
-        method, matching, affine, damping: as in :func:`mtzip.zip_networks`.
+        method, matching, affine, damping, keep_zeros: as in :func:`mtzip.zip_networks`.
         layers: task to path to what is kept of that layer.
     """
 
@@ -52,6 +52,7 @@ class Kept:
     affine: bool
     damping: float | None
     layers: dict[str, dict[str, KeptLayer]]
+    keep_zeros: bool | str = False
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +96,7 @@ def kept_part(
     network: nn.Module,
     columns: tuple[Run, ...],
     fold: bool,
+    keep_zeros: bool | str = False,
 ) -> KeptPart:
     """A layer of an earlier task as the merge sees it.
 
@@ -105,6 +107,7 @@ def kept_part(
         network: the zipped one.
         columns: runs of its columns.
         fold: whether the BatchNorm behind it is folded in.
+        keep_zeros: which of its zeros stay, as in :func:`mtzip.zip_networks`.
     """
     view = View.of(layer)
     leaf = network.get_submodule(place_of(layer)[0])
@@ -121,6 +124,7 @@ def kept_part(
     target = own_target(kept.moment, weight, shift)
     part = KeptPart(task, layer, view, analysis, kept.moment, target, weight, shift, columns, kept.damping)
     part.kept_alpha, part.weighting, part.fold = kept.alpha, kept.weighting, affine
+    part.note_zeros(stored, keep_zeros)
     part.scale, part.stored, part.stored_scale, part.stored_bias = effective, stored, scale, bias
     owner = analysis.exported.network.get_submodule(place_of(layer)[0])
     part.takes_bias = type(owner) in LEAVES

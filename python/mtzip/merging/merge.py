@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .columns import Unknown
 from .part import Systems, plain_mean
-from .solve import JointSystem, joint_rows
+from .restricted import mean_with_zeros, rows_with_zeros
+from .solve import JointSystem
 
 #: Alternations of rows and scales beyond the grid of ratios, for fully connected layers: they pay where no BatchNorm or
 #: activation-aware substitution follows.
@@ -47,6 +48,7 @@ def solve_rows(
         theta, scales = _refit(parts, rows, unknown, system, starts)
     else:
         theta, bias = plain_mean(parts, rows, unknown)
+        theta = mean_with_zeros(parts, rows, unknown, theta)
         if method == "mtz" and len(members) > 1:
             theta, bias = _merge_closed_form(systems, rows, unknown, theta, bias)
         scales = {task: torch.ones_like(bias) for task in members}
@@ -84,7 +86,7 @@ def _merge_closed_form(
     right = []
     for task, side in zip(members, system.sides, strict=True):
         right.append(side.apply(systems.parts[task].weight_of(rows[task], shared.columns[task]).T.contiguous()))
-    merged, _ = joint_rows(system, right)
+    merged, _ = rows_with_zeros(systems.parts, rows, shared, system, right)
     for tasks, where in shared.blocks.items():
         theta[unknown.blocks[tasks]] = merged[where]
     return theta, merged[-1] if system.size > shared.size else bias
@@ -102,7 +104,7 @@ def _refit(parts, rows, unknown: Unknown, system: JointSystem, starts: Mapping[i
     sweeps = SCALE_SWEEPS if parts[members[0]].layer.kind == "linear" else 0
     # Behind a BatchNorm the scale is its affine's, which is fitted later.
     fit = any(part.layer.norm is None for part in parts.values())
-    theta, fitted = joint_rows(system, right, start, sweeps=sweeps, fit=fit)
+    theta, fitted = rows_with_zeros(parts, rows, unknown, system, right, start, sweeps, fit)
     scales = {}
     for at, task in enumerate(members):
         weighting = parts[task].weighting if joint else None

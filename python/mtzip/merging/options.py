@@ -19,6 +19,7 @@ class Options:
         reconstructions: activation-aware substitutions of the target (refit only).
         progress: show a bar.
         keep_moments: keep what a task that joins later needs.
+        keep_zeros: as in :func:`mtzip.zip_networks`.
         partial: names of axes whose slots any of their tasks may share; of all others all tasks share each.
     """
 
@@ -30,4 +31,5 @@ class Options:
     reconstructions: int = 0
     progress: bool = False
     keep_moments: bool = False
+    keep_zeros: bool | str = False
     partial: Collection[str] = ()

@@ -42,6 +42,8 @@ class Part:
         scalable: whether the task keeps a scale of its own for every row.
         takes_bias: whether its leaf may get a bias that the layer had not.
         unchanged: whether the target is what the weight puts out itself on the moment's inputs, as while planning.
+        support: [r, d] where the original's weight is not zero, in stored order; None where zeros need not be kept.
+        counted: whether rows that tasks share may have no more weights than the task with most.
     """
 
     task: int
@@ -63,6 +65,8 @@ class Part:
     scalable: bool = False
     takes_bias: bool = True
     unchanged: bool = False
+    support: Tensor | None = None
+    counted: bool = False
 
     @property
     def has_bias(self) -> bool:
@@ -92,11 +96,17 @@ class Part:
         """Columns per unit of a run."""
         return math.prod(self.layer.kernel)
 
+    def note_zeros(self, weight: Tensor, keep: bool | str) -> None:
+        """Notes where a weight [r, d], no BatchNorm folded in, is zero, as far as that is to be kept."""
+        self.support = weight != 0 if keep else None
+        self.counted = keep == "count"
+
     def reorder_rows(self, order: Tensor, weights: bool = True) -> None:
         """Brings the target, and the weights unless they are, into stored order."""
         order = order.to(self.weight.device)
         if weights:
             self.weight, self.bias = self.weight[order], self.bias[order]
+            self.support = None if self.support is None else self.support[order]
         t = self.target
         cross = None if t.cross is None else t.cross[:, order]
         samples = None if t.samples is None else t.samples[:, order]

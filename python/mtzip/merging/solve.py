@@ -141,7 +141,13 @@ class JointSystem:
         return found
 
     def solve(
-        self, right: list[Tensor], scales: list[Tensor], start: Tensor | None, factor: Factor, steps: int
+        self,
+        right: list[Tensor],
+        scales: list[Tensor],
+        start: Tensor | None,
+        factor: Factor,
+        steps: int,
+        support: Tensor | None = None,
     ) -> Tensor:
         """Rows for scales [r] that differ from row to row: preconditioned conjugate gradients on all rows at once.
 
@@ -151,21 +157,26 @@ class JointSystem:
             start: first guess [size, r].
             factor: factor of a nearby system, the preconditioner.
             steps: most iterations.
+            support: [size, r] where rows may have weights, those of ``start`` among them; None for everywhere.
         """
-        target = sum(self.scatter(at, b * scales[at]) for at, b in enumerate(right))
+
+        def kept(rows: Tensor) -> Tensor:
+            return rows if support is None else rows * support
+
+        target = kept(sum(self.scatter(at, b * scales[at]) for at, b in enumerate(right)))
         theta = factor.solve(target) if start is None else start
-        residual = target - self.apply(theta, scales)
+        residual = target - kept(self.apply(theta, scales))
         stop = target.norm(dim=0) * 1e-7
-        direction = z = factor.solve(residual)
+        direction = z = kept(factor.solve(residual))
         energy = (residual * z).sum(0)
         for _ in range(steps):
             if (residual.norm(dim=0) <= stop).all():
                 break
-            image = self.apply(direction, scales)
+            image = kept(self.apply(direction, scales))
             step = energy / (direction * image).sum(0).clamp_min(torch.finfo(image.dtype).tiny)
             theta = theta + step * direction
             residual = residual - step * image
-            z = factor.solve(residual)
+            z = kept(factor.solve(residual))
             energy, previous = (residual * z).sum(0), energy
             direction = z + energy / previous.clamp_min(torch.finfo(image.dtype).tiny) * direction
         return theta
@@ -252,7 +263,7 @@ class Factor:
                 added = (covariance * weight).to(total.dtype)
                 total.index_put_((side.index[:, None], side.index), added, accumulate=True)
             diagonal.index_add_(0, side.index, torch.full_like(moment.mean, weight * side.damping))
-        self._lower = self._cholesky(system, total, diagonal)
+        self._lower = cholesky(system, total, diagonal)
 
     def _factor_samples(self, system: JointSystem, scales: list[float]) -> None:
         first = system.sides[0].moment.mean
@@ -265,22 +276,25 @@ class Factor:
             rows.append(block.index_copy_(1, side.index, side.moment.samples * weight**0.5))
         self._rows = torch.cat(rows)
         gram = (self._rows / self._diagonal) @ self._rows.T
-        self._lower = self._cholesky(system, gram, torch.ones_like(gram[0]))
+        self._lower = cholesky(system, gram, torch.ones_like(gram[0]))
 
-    @staticmethod
-    def _cholesky(system: JointSystem, matrix: Tensor, diagonal: Tensor) -> Tensor:
-        """Cholesky factor of matrix + diagonal; the diagonal grows tenfold until it succeeds. Writes on ``matrix``."""
-        plain = matrix.diagonal().clone()
-        for _ in range(12):
-            matrix.diagonal().copy_(plain + diagonal * system.escalation)
-            lower, status = torch.linalg.cholesky_ex(matrix)
-            if not int(status):
-                return lower
-            system.escalation *= 10
-        raise FloatingPointError(
-            f"a second moment of {len(matrix)} columns has no Cholesky factor at any damping, "
-            "expected finite values; check the calibration inputs and weights for NaN, Inf or huge values"
-        )
+
+def cholesky(system: JointSystem, matrix: Tensor, diagonal: Tensor) -> Tensor:
+    """Cholesky factor of matrix + diagonal, one or a batch of them; the diagonal grows tenfold until it succeeds.
+
+    Writes on ``matrix``.
+    """
+    plain = matrix.diagonal(dim1=-2, dim2=-1).clone()
+    for _ in range(12):
+        matrix.diagonal(dim1=-2, dim2=-1).copy_(plain + diagonal * system.escalation)
+        lower, status = torch.linalg.cholesky_ex(matrix)
+        if not bool(status.any()):
+            return lower
+        system.escalation *= 10
+    raise FloatingPointError(
+        f"a second moment of {matrix.shape[-1]} columns has no Cholesky factor at any damping, "
+        "expected finite values; check the calibration inputs and weights for NaN, Inf or huge values"
+    )
 
 
 def fit_scales(system: JointSystem, theta: Tensor, right: list[Tensor]) -> list[Tensor]:
@@ -340,7 +354,7 @@ def joint_rows(
             residual = target[:, rows] - system.apply(theta[:, rows], [scale[rows] for scale in scales])
             theta[:, rows] += factor.solve(residual)
     for _ in range(sweeps):
-        scales, size = _normalised(fit_scales(system, theta, right))
+        scales, size = normalised(fit_scales(system, theta, right))
         theta = theta * size  # the same rows: what fits already is not moved
         factor = system.factor([float(scale.square().mean().sqrt()) for scale in scales])
         theta = system.solve(right, scales, theta, factor, steps)
@@ -355,7 +369,7 @@ def rounded_scales(scales: Tensor) -> Tensor:
     return SCALE_STEP**steps
 
 
-def _normalised(scales: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def normalised(scales: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Scales with mean square one over the tasks, and what they were divided by: theta takes it up."""
     size = (sum(scale.square() for scale in scales) / len(scales)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..network.layout import Run
 from ..network.leaf import LEAVES
+from ..network.zeros import nonzero
 from ..reports.report import AxisReport, LayerReport, SharedBy
 from ..trace.analysis import Analysis, Layer, Norm
 from ..trace.axes import Dim
@@ -198,6 +199,7 @@ class Sweep:
         part = Part(task, layer, view, analysis, moment, target, weight, bias, columns, damping)
         part.normalised = self.options.method != "mtz"
         part.takes_bias = type(network.get_submodule(part.place[0])) in LEAVES
+        part.note_zeros(weight, self.options.keep_zeros)
         sensitivity = self.sensitivities[task].get(layer.path)
         part.fold = fold
         if fold is not None and moved is None:
@@ -265,7 +267,9 @@ class Sweep:
             report.error[self.tasks[task]] = install.relative_error(part, rows, outputs)
             report.space = "sample" if part.moment.samples is not None else "feature"
         report.damping = max(part.damping for part in parts.values())
-        report.after = _distinct_size(self.networks, parts)
+        stored = _distinct(self.networks, parts)
+        report.after, report.nonzero_after = sum(tensor.numel() for tensor in stored), nonzero(stored)
+        report.nonzero_before = sum(nonzero(part.analysis.tensors_of(part.layer)) for part in parts.values())
         self.layers.append(report)
         return report
 
@@ -374,6 +378,8 @@ class Sweep:
         space = "sample" if part.moment.samples is not None else "feature"
         label = f"{layer.path} ({name})" if len(group.layers) > 1 else layer.path
         report = LayerReport(label, size, size, {name: part.moment.count}, part.damping, space, {name: error})
+        report.nonzero_before = nonzero(part.analysis.tensors_of(layer))
+        report.nonzero_after = nonzero(part.analysis.tensors_of(layer, self.networks[task]))
         self.layers.append(report)
         return True
 
@@ -382,11 +388,11 @@ class Sweep:
         self.executions[task].network = network
 
 
-def _distinct_size(networks: Sequence[nn.Module], parts: Mapping[int, Part]) -> int:
-    """Parameters that the leaves of some layers store."""
+def _distinct(networks: Sequence[nn.Module], parts: Mapping[int, Part]) -> list[torch.Tensor]:
+    """What the leaves of some layers store, each tensor once."""
     distinct = {}
     for task, part in parts.items():
         leaf = networks[task].get_submodule(part.place[0])
         for name in leaf.layout.block_tasks():
-            distinct[id(leaf._parameters[name])] = leaf._parameters[name].numel()
-    return sum(distinct.values())
+            distinct[id(leaf._parameters[name])] = leaf._parameters[name]
+    return list(distinct.values())

@@ -3,7 +3,7 @@
 A leaf puts its weight together from blocks. In evaluation mode without gradients the result is kept until a block
 changes: every in-place change raises a tensor's version counter, and a block that is given other memory has another
 address. Whatever sets the mode, ``eval()`` included, forgets it too. What no counter sees is an in-place write through
-``.data`` between two forward passes with no call of ``eval()`` in between.
+``.data``, or a step of a fused optimiser, between two forward passes with no call of ``eval()`` in between.
 
 What is kept of a large layer is little: one that is shared as a whole uses the stored weight and scales its output, a
 linear layer applies block after block (``leaf.SMALL``). A large convolution of several blocks is kept as a whole.

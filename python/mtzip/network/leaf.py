@@ -104,6 +104,11 @@ class SharedLayer:
         parts = [_piece(self._parameters[blocks(run.tasks)], where) for run, where in pieces(self.layout.bias)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def train(self, mode: bool = True):
+        """As ever; the weight is assembled anew."""
+        forget(self)
+        return super().train(mode)
+
     def __reduce_ex__(self, protocol):
         if type(self).__module__ == __name__ and type(self) not in LEAVES.values():  # a class made for another
             return _blank, (self.plain, self.layout.names), self.__getstate__()
@@ -145,11 +150,6 @@ class SharedWeight(SharedLayer):
         channel = (-1,) + (1,) * self._trailing
         bias = self.bias
         return self.unscaled_weight(), None if bias is None else bias.view(channel), self.full_scale().view(channel)
-
-    def train(self, mode: bool = True):
-        """As ever; the weight is assembled anew."""
-        forget(self)
-        return super().train(mode)
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)

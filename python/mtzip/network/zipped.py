@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import unknown_task
 from .layout import Layout
 from .leaf import leaves, replace_module
+from .zeros import Zeros
 
 
 def check_name(task: Any) -> None:
@@ -33,6 +34,9 @@ class ZippedNetwork(nn.Module):
     ``state_dict`` holds each tensor once: ``shared.<path in the first task that has it>.<block>`` for what tasks
     share, ``networks.<task>.<path>`` for the rest. Made by :func:`mtzip.zip_networks` and :func:`mtzip.load`.
     """
+
+    #: Whether :func:`mtzip.retrain` keeps zeros of its weights; which these are, the weights say.
+    keep_zeros = False
 
     def __init__(self, networks: Mapping[str, nn.Module], report, originals: Mapping[str, nn.Module] | None = None):
         super().__init__()
@@ -113,6 +117,10 @@ class ZippedNetwork(nn.Module):
     def parameter_count(self) -> int:
         """Parameters stored, each shared one counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def zeros(self) -> Zeros:
+        """The zeros its weights have now, for a training loop of your own: ``zeros.restore_()`` after every step."""
+        return Zeros(self)
 
     # -- one entry a tensor in the state dict ------------------------------------------------------------------
 

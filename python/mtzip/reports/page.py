@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .page_parts import bar, curves, logarithmic, name, neuron_boxes, number, stacked, task_class, text
 from .page_style import STYLE
-from .report import Report
+from .report import LayerReport, Report
 
 
 class Losses(Protocol):
@@ -116,6 +116,9 @@ def _tiles(report: Report, stored: Stored | None) -> str:
     ]
     if total:
         tiles.append((f"{neurons / total:.0%}", f"of the neurons on {len(report.axes)} axes shared"))
+    if report.is_sparse and report.nonzero_after is not None:
+        before = _short(report.nonzero_before)
+        tiles.append((_short(report.nonzero_after), f"parameters that are not zero, of {before} in the originals"))
     if stored:
         tiles.append((_size(stored.bytes), f"in the file, {stored.bytes:,} bytes"))
     if report.seconds:
@@ -176,9 +179,10 @@ def _layers(report: Report) -> str:
         )
         rows.append(
             f"<tr><td>{name(layer.name)}</td><td>{layer.before:,}</td><td>{layer.after:,}</td><td>{ratio}</td>"
-            f'<td class="gauge">{sizes}</td>{found}<td>{number(layer.damping)}</td></tr>'
+            f'<td class="gauge">{sizes}</td>{_nonzero(report, layer)}{found}<td>{number(layer.damping)}</td></tr>'
         )
-    head = "<th>layer</th><th>parameters</th><th>stored</th><th></th><th></th>" + "".join(
+    sparse = "<th>not zero</th><th>stored, not zero</th>" if report.is_sparse else ""
+    head = f"<th>layer</th><th>parameters</th><th>stored</th><th></th><th></th>{sparse}" + "".join(
         f'<th>error {text(task)}</th><th class="gauge"></th>' for task in report.tasks
     )
     note = (
@@ -187,6 +191,12 @@ def _layers(report: Report) -> str:
     )
     legend = _legend([("before", "in the originals"), ("shared", "stored")])
     return _section("Layer by layer", legend + _table(head + "<th>damping</th>", rows), note)
+
+
+def _nonzero(report: Report, layer: LayerReport) -> str:
+    """Cells of a layer's parameters that are not zero, before and after; none where the networks were not pruned."""
+    counts = (layer.nonzero_before, layer.nonzero_after) if report.is_sparse else ()
+    return "".join(f"<td>{'–' if count is None else f'{count:,}'}</td>" for count in counts)
 
 
 def _errors(report: Report, errors: Mapping[str, Mapping[str, float]] | None) -> str:

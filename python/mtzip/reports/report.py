@@ -57,6 +57,8 @@ class LayerReport:
         damping: lambda relative to the mean diagonal, after any escalation.
         space: "feature" (d x d second moment) or "sample" (n x n Gram matrix).
         error: task to mean squared error of the layer's output relative to its variance in the original.
+        nonzero_before: parameters that are not zero, summed over tasks; None where that is not known.
+        nonzero_after: the same of those stored.
     """
 
     name: str
@@ -66,6 +68,8 @@ class LayerReport:
     damping: float = 0.0
     space: str = "feature"
     error: dict[str, float] = field(default_factory=dict)
+    nonzero_before: int | None = None
+    nonzero_after: int | None = None
 
 
 @dataclass
@@ -103,6 +107,8 @@ class Report:
         follows: task to the one whose trunk it has taken over, instead of sharing one merged of both.
         errors: stage to task to test error, as ``{"originals": {"a": 1.6}, "zipped": {"a": 1.8}}``: yours to set, kept
             in the file.
+        nonzero_before: parameters of all networks together that are not zero; None where that is not known.
+        nonzero_after: the same of the zipped network, as it was zipped.
     """
 
     tasks: tuple[str, ...]
@@ -120,11 +126,18 @@ class Report:
     retraining_steps: int = 0
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     follows: dict[str, str] = field(default_factory=dict)
+    nonzero_before: int | None = None
+    nonzero_after: int | None = None
 
     @property
     def ratio(self) -> float:
         """Parameters stored as a fraction of those before; 1 where there were none."""
         return self.parameters_after / self.parameters_before if self.parameters_before else 1.0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the networks were pruned: a tenth of their parameters or more are zero."""
+        return self.nonzero_before is not None and self.nonzero_before <= 0.9 * self.parameters_before
 
     def __str__(self) -> str:
         from .table import table
@@ -179,9 +192,6 @@ class Report:
         Raises:
             ValueError: a field missing, unknown or of the wrong kind; says which.
         """
-        if isinstance(data, Mapping):
-            empty = {"memory": {}, "retraining": {}, "retraining_steps": 0, "errors": {}, "follows": {}}
-            data = empty | dict(data)  # not in earlier files
         values = _REPORT(data, "report")
         axes = [{**axis, "sets": [SharedBy(**item) for item in axis["sets"]]} for axis in values["axes"]]
         values["axes"] = [AxisReport(**axis) for axis in axes]
@@ -201,6 +211,7 @@ def _plain(value: Any) -> Any:
 
 
 _COUNTS, _NUMBERS = schema.mapping(schema.count), schema.mapping(schema.number)
+_NONZERO = dict.fromkeys(("nonzero_before", "nonzero_after"), schema.optional(schema.count))
 _AXIS = schema.fields(
     {
         "name": schema.text,
@@ -209,7 +220,7 @@ _AXIS = schema.fields(
         "difference": schema.optional(schema.number),
         "sets": schema.listing(schema.fields({"tasks": schema.listing(schema.text), "neurons": schema.count})),
     },
-    missing={"sets": ()},  # not in earlier files
+    defaults={"sets": ()},
 )
 _LAYER = schema.fields(
     {
@@ -220,7 +231,9 @@ _LAYER = schema.fields(
         "damping": schema.number,
         "space": schema.text,
         "error": _NUMBERS,
-    }
+        **_NONZERO,
+    },
+    defaults=dict.fromkeys(_NONZERO),
 )
 _PRIVATE = schema.fields({"task": schema.text, "name": schema.text, "reason": schema.text})
 _REPORT = schema.fields(
@@ -240,7 +253,16 @@ _REPORT = schema.fields(
         "retraining_steps": schema.count,
         "errors": schema.mapping(_NUMBERS),
         "follows": schema.mapping(schema.text),
-    }
+        **_NONZERO,
+    },
+    defaults={
+        "memory": {},
+        "retraining": {},
+        "retraining_steps": 0,
+        "errors": {},
+        "follows": {},
+        **dict.fromkeys(_NONZERO),
+    },
 )
 
 

@@ -76,13 +76,13 @@ def mapping(check: Check) -> Check:
     return checked
 
 
-def fields(checks: Mapping[str, Check], missing: Mapping[str, Any] | None = None) -> Check:
-    """A mapping with exactly the keys of ``checks``; those of ``missing`` may be left out, for what they have there."""
+def fields(checks: Mapping[str, Check], defaults: Mapping[str, Any] | None = None) -> Check:
+    """A mapping with exactly the keys of ``checks``; those of ``defaults``, which earlier files have not, may miss."""
 
     def checked(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise _wrong(where, "a mapping", value)
-        value = {**(missing or {}), **value}
+        value = {**(defaults or {}), **value}
         if value.keys() != checks.keys():
             odd = [f"no {key!r}" for key in checks if key not in value]
             odd += [f"an unknown {key!r}" for key in value if key not in checks]

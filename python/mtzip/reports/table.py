@@ -35,6 +35,8 @@ def table(report: Report) -> str:
 def _headline(report: Report) -> str:
     tasks = " + ".join(report.tasks) or "no tasks"
     stored = f"{report.parameters_after:,} parameters stored of {report.parameters_before:,} ({report.ratio:.1%})"
+    if report.is_sparse:
+        stored += f"; {_count(report.nonzero_after)} that are not zero of {_count(report.nonzero_before)}"
     return f"{tasks}, method {report.method}: {stored}"
 
 
@@ -81,15 +83,19 @@ def partial_sets(report: Report) -> list[tuple[str, ...]]:
 
 def _layers(report: Report) -> str:
     errors = [f"error {task}" for task in report.tasks]
-    rows = [["layer", "parameters", "stored", "%", *errors, "damping", "moments"]]
+    sparse = ["non-zero", "stored non-zero"] if report.is_sparse else []
+    rows = [["layer", "parameters", "stored", "%", *sparse, *errors, "damping", "moments"]]
     for layer in report.layers:
         ratio = f"{100 * layer.after / layer.before:.1f}" if layer.before else ""
         found = [_number(layer.error.get(task)) for task in report.tasks]
-        rows.append(
-            [layer.name, f"{layer.before:,}", f"{layer.after:,}", ratio, *found, _number(layer.damping), layer.space]
-        )
+        sizes = [f"{layer.before:,}", f"{layer.after:,}", ratio]
+        if sparse:
+            sizes += [_count(layer.nonzero_before), _count(layer.nonzero_after)]
+        rows.append([layer.name, *sizes, *found, _number(layer.damping), layer.space])
     before, after = f"{report.parameters_before:,}", f"{report.parameters_after:,}"
     total = ["whole network", before, after, f"{100 * report.ratio:.1f}"]
+    if sparse:
+        total += [_count(report.nonzero_before), _count(report.nonzero_after)]
     rows.append(total + [""] * (len(rows[0]) - len(total)))
     return columns(rows, ruled=True)
 
@@ -121,3 +127,7 @@ def columns(rows: Sequence[Sequence[str]], ruled: bool = False) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

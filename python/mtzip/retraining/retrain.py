@@ -61,7 +61,8 @@ def retrain(
     minimises is the sum of what there is: the distance to its teacher, and the loss on its labels.
 
     Args:
-        zipped: the network to retrain; frozen parameters (``requires_grad=False``) stay as they are.
+        zipped: the network to retrain; frozen parameters (``requires_grad=False``) stay as they are, and so do zeros
+            of the weights where it was zipped with ``keep_zeros``.
         loaders: task to batches, for every task: a DataLoader or other re-iterable of batches, or a whole data set as
             a tensor, an ``(inputs, targets)`` tuple of tensors, a dict of tensors or a Dataset. Each goes round on its
             own. Batches are inputs, ``(inputs, targets)``, or dicts of keyword arguments (``labels`` the target).

@@ -63,6 +63,7 @@ class Run:
         self.parameters = [parameter for parameter in self.zipped.parameters() if parameter.requires_grad]
         self.history = History(self.zipped.tasks)
         self.good = Snapshot(self.zipped)
+        self.zeros = self.zipped.zeros() if self.zipped.keep_zeros else None
         self.before = 0.0  # seconds of earlier runs
         self.started = time.perf_counter()
         self._ready = False
@@ -102,6 +103,8 @@ class Run:
         self.good.keep()
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
+        if self.zeros is not None:
+            self.zeros.restore_()
         schedule(self.scheduler, sum(weights.get(task, 1.0) * loss for task, loss in losses.items()))
         self.balance.update(losses)
         weights = {task: weights.get(task, 1.0) for task in losses}

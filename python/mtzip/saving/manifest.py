@@ -38,6 +38,7 @@ class Manifest:
         versions: of mtzip and torch that wrote the file.
         orders: task to path of a module to the original's neuron that each channel of its output is; files from
             before they were kept have none.
+        keep_zeros: whether retraining keeps the zeros of the weights.
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +51,7 @@ class Manifest:
     outputs: dict[str, str | int]
     versions: dict[str, str]
     orders: dict[str, dict[str, tuple[int, ...]]]
+    keep_zeros: bool
 
     @classmethod
     def of(cls, zipped: ZippedNetwork) -> Manifest:
@@ -68,6 +70,7 @@ class Manifest:
             {task: select for task, select in zipped.outputs.items() if not callable(select)},
             {"mtzip": _version(), "torch": torch.__version__},
             {task: {at: tuple(o.tolist()) for at, o in zipped.orders.get(task, {}).items()} for task in zipped},
+            zipped.keep_zeros,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,6 +92,7 @@ class Manifest:
             "examples": {task: form for task, batch in self.examples.items() if (form := example.to_dict(batch))},
             "outputs": self.outputs,
             "orders": {task: {at: list(order) for at, order in paths.items()} for task, paths in self.orders.items()},
+            "keep_zeros": self.keep_zeros,
         }
 
     @classmethod
@@ -104,7 +108,7 @@ class Manifest:
             got = str(data.get("version"))[:60]
             raise ValueError(f"the manifest's version must be {VERSION}, got {got}; it was written by another mtzip")
         # files from before there were these have none
-        values = _MANIFEST({"outputs": {}, "orders": {}, **data}, "manifest")
+        values = _MANIFEST({"outputs": {}, "orders": {}, "keep_zeros": False, **data}, "manifest")
         del values["format"], values["version"]
         tasks = values["tasks"]
         for name in ("networks", "layers"):
@@ -239,5 +243,6 @@ _MANIFEST = schema.fields(
         "examples": schema.mapping(lambda value, where: value),  # example.from_dict looks at them
         "outputs": schema.mapping(schema.name_or_index),
         "orders": schema.mapping(schema.mapping(_order)),
+        "keep_zeros": schema.flag,
     }
 )

@@ -102,6 +102,7 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], networks: Mapping
     _fill(zipped, manifest, tensors)
     zipped.example_inputs = dict(manifest.examples)
     zipped.outputs = dict(manifest.outputs)
+    zipped.keep_zeros = manifest.keep_zeros
     zipped.orders = {
         task: {path: torch.tensor(order, dtype=torch.int64) for path, order in paths.items()}
         for task, paths in manifest.orders.items()

@@ -141,7 +141,11 @@ class Analysis:
 
     def size_of(self, layer: Layer) -> int:
         """Parameters of a layer: its weight and its bias."""
-        return sum(self.exported.tensor(path).numel() for path in (layer.weight, layer.bias) if path is not None)
+        return sum(tensor.numel() for tensor in self.tensors_of(layer))
+
+    def tensors_of(self, layer: Layer, network: nn.Module | None = None) -> list[Tensor]:
+        """The weight and the bias, if there is one, of a layer of ``network``; of the traced one if None."""
+        return [self.exported.tensor(path, network) for path in (layer.weight, layer.bias) if path is not None]
 
     def pin(self, dim: Dim, node: fx.Node, what: str) -> None:
         """Fixes the order of ``dim`` because of what ``node`` does."""
