@@ -84,7 +84,7 @@ def fewer_weights(
     """The support [size, r] cut down where zeros are counted: ``support`` itself where they are not.
 
     Of the columns that several tasks share a row keeps as many as the task with most weights there has, the most
-    important ones. (The published method gives it the zeros of that task.)
+    important ones.
 
     Args:
         parts, rows, unknown: as in :func:`rows_with_zeros`.
