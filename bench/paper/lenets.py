@@ -18,6 +18,8 @@ from .methods import ABLATIONS, BASELINES
 PAPER = "recovers after some hundred steps"
 STEPS = 100  # of batch 128 a task
 CALIBRATION = 10_000
+#: The originals know their training images by heart: their outputs say more than the labels.
+GENTLE = {"labels": False, "recipe": {"lr": 1e-3}}
 PARTS = (0.25, 0.5, 0.75, 0.9)  # shares of the curve
 
 
@@ -54,7 +56,7 @@ def _pair(
             yield Case(*pair, ("mtzip", "average"), dict.fromkeys(layers[:count], 1.0), **recipe)
         for share in PARTS:
             yield Case(*pair, ("mtzip", "average", "permuted"), share, **recipe)
-    yield Case(*pair, ("mtzip", *ABLATIONS) if ablations else BASELINES, 1.0, STEPS, **recipe)
+    yield Case(*pair, ("mtzip", *ABLATIONS) if ablations else BASELINES, 1.0, STEPS, **recipe, **GENTLE)
     same = len({id(task) for task in tasks.values()}) == 1
     if not ablations and (same or not quick):
         yield from in_turn.cases(name, *pair, quick)
