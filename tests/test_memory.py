@@ -153,6 +153,27 @@ def test_large_values_are_cut_into_more_chunks_whatever_memory_there_is(small_ch
     assert all(sum(sizes) == 300 and max(sizes) * 6 * 64 * 4 <= 2**16 for sizes in chunks)
 
 
+def early() -> nn.Sequential:
+    """Two convolutions over many positions, and a linear layer that reads little."""
+    convolutions = nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*convolutions, nn.MaxPool2d(8), nn.Flatten(), nn.Linear(24, 3))
+
+
+def test_samples_that_early_layers_do_not_take_are_not_kept_for_them(small_chunks, monkeypatch):
+    """Nor estimated: most chunks only run once a later layer asks for them."""
+    networks = pair(early)
+    images = {task: noise(300, 2, 16, 16, seed=at) for at, task in enumerate("ab")}
+    found = []
+    for few in (accounts.FEW_SAMPLES, 8):
+        monkeypatch.setattr(accounts, "FEW_SAMPLES", few)
+        monkeypatch.setattr(accounts, "MANY_POSITIONS", 2**21 if not found else 1)
+        found.append(mtzip.zip_networks(networks, images).report.memory)
+        assert found[-1]["kept"] <= found[-1]["estimate"]
+    everything, some = found
+    assert some["kept"] < everything["kept"] / 2
+    assert some["estimate"] < everything["estimate"] / 2
+
+
 # -- the store -----------------------------------------------------------------------------------------------------
 
 

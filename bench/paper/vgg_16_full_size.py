@@ -86,9 +86,8 @@ def _measured(images: int, size: int, memory: str) -> Iterator[Row]:
     threads = f"{torch.get_num_threads()} threads"
     with _Clock() as forward:
         _forward(networks, inputs)
-    yield Row(
-        work, "forward passes, s", forward.wall, f"one of each network, {forward.cpu:.0f} s of processor, {threads}"
-    )
+    passes = f"one of each network, {forward.cpu:.0f} s of processor, {threads}"
+    yield Row(work, "forward passes, s", forward.wall, passes)
     before = _resident()
     with _Stages() as stages, _Clock() as clock:
         zipped = mtzip.zip_networks(networks, inputs, share=1.0, memory=memory)
@@ -102,9 +101,8 @@ def _measured(images: int, size: int, memory: str) -> Iterator[Row]:
     peak, known = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.memory
     held = f"{shown(before)} before it began: the networks and their inputs"
     yield Row(work, "memory of the process at most, GB", peak / 1e9, held)
-    yield Row(
-        work, "above what it was before, GB", (peak - before) / 1e9, f"memory={memory}, in it copies of the networks"
-    )
+    beside = f"memory={memory}, and copies of the networks"
+    yield Row(work, "above what it was before, GB", (peak - before) / 1e9, beside)
     yield Row(work, "estimated, GB", known["estimate"] / 1e9, f"at least {shown(known['least'])}")
     yield Row(work, "written to disk, GB", known["spilled"] / 1e9, f"{shown(known['kept'])} kept in memory at most")
     yield Row(work, "parameters stored, %", 100 * report.parameters_after / report.parameters_before)

@@ -230,8 +230,8 @@ class Rests:
         across: products of the rests of one side with those of the other, [n, m].
     """
 
-    weights: tuple[float, float]
-    sizes: tuple[Tensor, Tensor]
+    weights: Sequence[float]
+    sizes: Sequence[Tensor]
     across: Tensor
 
     @property

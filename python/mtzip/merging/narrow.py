@@ -1,12 +1,12 @@
 """Wide layers from few samples: the same problem over hardly more columns than there are samples.
 
-Two tasks share all d columns of a layer and have n < d samples together, the rows of Z = R^T B^T with B [d, n] orthonormal
-(a QR decomposition). Damping is the same for all columns, so turning them changes nothing: a row w falls into its
-coordinates B^T w and a rest that no sample sees. Products over 25,088 columns become products over n.
+Two tasks share all d columns of a layer and have n < d samples together, the rows of Z = R^T B^T with B [d, n]
+orthonormal (a QR decomposition). Damping is the same for all columns, so turning them changes nothing: a row w falls
+into its coordinates B^T w and a rest that no sample sees. Products over 25,088 columns become products over n.
 
 The rests are damped, and nothing else happens to them. Those of two rows span a plane, so a joint row is fitted over
-n + 2 columns, the last two along that plane: exactly the same fit. Pairing compares all rows with all; there the products of
-all rests are added (:class:`.match.Rests`).
+n + 2 columns, the last two along that plane: exactly the same fit. Pairing compares all rows with all; there the
+products of all rests are added (:class:`.match.Rests`).
 """
 
 from __future__ import annotations
@@ -74,19 +74,20 @@ class Narrow:
             rows: task to rows of its part.
             weighted: whether they count by how much they matter.
         """
-        found = []
-        for task, part in self.parts.items():
-            which = rows[task]
-            factor = part.weighting[which, None] if weighted and part.weighting is not None else 1.0
-            found.append((part.weight[which] * factor, part.coordinates[which] * factor))
-        sizes = tuple(wide.square().sum(1) - seen.square().sum(1) for wide, seen in found)
-        (one, one_seen), (two, two_seen) = found
-        weights = tuple(part.alpha * self._damping[task] for task, part in self.parts.items())
-        return Rests(weights, sizes, (one @ two.T).sub_(one_seen @ two_seen.T))
+        (one, one_seen), (two, two_seen) = found = self._rows(rows)
+        sizes = [_products(wide, wide) - _products(seen, seen) for wide, seen in found]
+        across = (one @ two.T).sub_(one_seen @ two_seen.T)
+        for at, (task, part) in enumerate(self.parts.items()):
+            if weighted and part.weighting is not None:
+                count = part.weighting[rows[task]]
+                sizes[at] = sizes[at] * count.square()
+                across *= count if at else count[:, None]
+        weights = [part.alpha * self._damping[task] for task, part in self.parts.items()]
+        return Rests(weights, sizes, across)
 
     def paired(self, rows: Mapping[int, Tensor]) -> tuple[Systems, Plane]:
-        """Systems over n + 2 columns in which only ``rows``, stored together, are right; and the plane of their rests."""
-        plane = Plane.of(*((part.weight[rows[t]], part.coordinates[rows[t]]) for t, part in self.parts.items()))
+        """Systems over n + 2 columns, the last two along the planes of the rests of ``rows``; and these planes."""
+        plane = Plane.of(*self._rows(rows))
         parts = {}
         for task, along in zip(self.parts, plane.along, strict=True):
             weight = _padded(self.parts[task].coordinates)
@@ -97,14 +98,21 @@ class Narrow:
     def widened(self, theta: Tensor, rows: Mapping[int, Tensor], plane: Plane) -> Tensor:
         """Solved rows over all columns: [n + 2, r] to [d, r]."""
         seen, factors = theta[:-2].clone(), plane.factors(theta[-2:])
-        for (task, part), factor in zip(self.parts.items(), factors, strict=True):
-            seen.addcmul_(part.coordinates[rows[task]].T, factor, value=-1)
+        found = self._rows(rows)
+        for (_, own), factor in zip(found, factors, strict=True):
+            seen.addcmul_(own.T, factor, value=-1)
         wide = self._basis @ seen
-        for (task, part), factor in zip(self.parts.items(), factors, strict=True):
-            wide.addcmul_(
-                (part.weight if is_whole(rows[task], len(part.weight)) else part.weight[rows[task]]).T, factor
-            )
+        for (own, _), factor in zip(found, factors, strict=True):
+            wide.addcmul_(own.T, factor)
         return wide
+
+    def _rows(self, rows: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Some rows of either task, [r, d], and their coordinates [r, n]."""
+        found = []
+        for task, part in self.parts.items():
+            both = part.weight, part.coordinates
+            found.append(both if is_whole(rows[task], len(part.weight)) else tuple(x[rows[task]] for x in both))
+        return found
 
     def _part(self, task: int, weight: Tensor) -> Part:
         """A part with rows ``weight`` [r, n + 2]; the samples have nothing in the last two columns."""
@@ -117,6 +125,11 @@ class Narrow:
 
 def _padded(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 2))
+
+
+def _products(one: Tensor, two: Tensor) -> Tensor:
+    """Product of every row of one matrix with that of the other, without a third one."""
+    return torch.einsum("rd,rd->r", one, two)
 
 
 @dataclass
@@ -134,11 +147,10 @@ class Plane:
         """From rows [r, d] and their coordinates [r, n], of either task."""
 
         def product(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
-            wide, seen = ((x * y).sum(1) for x, y in zip(one, two, strict=True))
-            return wide - seen
+            return _products(one[0], two[0]) - _products(one[1], two[1])
 
         def size(square: Tensor, of: Tensor) -> Tensor:
-            return torch.where(square > ROUNDING * of.square().sum(1), square, 0).sqrt()
+            return torch.where(square > ROUNDING * _products(of, of), square, 0).sqrt()
 
         a = size(product(first, first), first[0])
         there = torch.where(a > 0, product(first, second) / torch.where(a > 0, a, 1), 0)
