@@ -30,8 +30,8 @@ CHUNK_BYTES = 2**27
 MOMENT_SAMPLES = (64, 256)
 
 #: Positions beyond which fewer samples are enough, down to so many of them: the first layers of a network for images of
-#: 224 x 224 have 50,000 in each, for a few hundred columns. Measured on a quarter-width VGG-16 pair, 64 images in place of
-#: 256 for its layers of 32 x 32, four draws: relative output errors of 6.3 and 2.4 %, against 6.6 and 2.6.
+#: 224 x 224 have 50,000 in each, for a few hundred columns. Measured on a quarter-width VGG-16 pair, four draws, 64
+#: images in place of 256 for the layers of 32 x 32: relative output errors of 6.3 and 2.4 %, against 6.6 and 2.6.
 MANY_POSITIONS, FEW_SAMPLES = 2**21, 64
 
 #: Copies of a layer's inputs, outputs and moments that are there at a time: in stored order, centred, weighted.
