@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import platform
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +228,38 @@ def test_views_count_once():
         del whole
         gc.collect()
         assert store.resident == 400
+
+
+def test_memory_is_handed_back_once_much_was_let_go_of(monkeypatch):
+    handed = []
+    monkeypatch.setattr(spill, "HANDED_BACK", 1000)
+    monkeypatch.setattr(spill, "hand_back", lambda: handed.append(store.resident))
+    store = Store()
+    values = Values(store, 1, 8)
+    for at in range(8):
+        values.put(at, noise(100))  # 400 bytes
+    assert handed == []
+    for at in range(8):
+        values.drop(at)
+    assert handed == [2000, 800]
+    for _ in range(9):  # little at a time
+        values.put(0, noise(100))
+        values.drop(0)
+    assert handed == [2000, 800]
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_handed_back_is_no_longer_of_this_process():
+    blocks = [bytearray(2**16) for _ in range(3200)]  # 200 MB in pieces
+    full = resident()
+    del blocks[1::2]
+    spill.hand_back()
+    assert full - resident() > 80e6
 
 
 def test_a_full_disk_says_what_to_do(folder, monkeypatch):
