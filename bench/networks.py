@@ -158,6 +158,42 @@ class Vgg16(nn.Module):
         return self.classifier(self.features(x))
 
 
+class ImageNetVgg16(nn.Module):
+    """VGG-16 as torchvision has it, for 3 x 224 x 224: no BatchNorm, linear layers 25,088 - 4,096 - 4,096 - classes.
+
+    Weights are drawn so that activations keep their size from layer to layer (He et al., 2015).
+
+    Args:
+        classes: outputs.
+        seed: of the weights.
+    """
+
+    def __init__(self, classes: int = 1000, seed: int = 0):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for outputs, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = outputs
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
+        self.classifier = nn.Sequential(
+            *(nn.Linear(channels * 49, 4096), nn.ReLU(inplace=True), nn.Dropout()),
+            *(nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout()),
+            nn.Linear(4096, classes),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
 VGG16_QUARTER = partial(Vgg16, width=16)
 
 #: Folder of shared weights to the network they belong to, called with the number of classes.

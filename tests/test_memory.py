@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import platform
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +155,27 @@ def test_large_values_are_cut_into_more_chunks_whatever_memory_there_is(small_ch
     assert all(sum(sizes) == 300 and max(sizes) * 6 * 64 * 4 <= 2**16 for sizes in chunks)
 
 
+def early() -> nn.Sequential:
+    """Two convolutions over many positions, and a linear layer that reads little."""
+    convolutions = nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*convolutions, nn.MaxPool2d(8), nn.Flatten(), nn.Linear(24, 3))
+
+
+def test_samples_that_early_layers_do_not_take_are_not_kept_for_them(small_chunks, monkeypatch):
+    """Nor estimated: most chunks only run once a later layer asks for them."""
+    networks = pair(early)
+    images = {task: noise(300, 2, 16, 16, seed=at) for at, task in enumerate("ab")}
+    found = []
+    for few in (accounts.FEW_SAMPLES, 8):
+        monkeypatch.setattr(accounts, "FEW_SAMPLES", few)
+        monkeypatch.setattr(accounts, "MANY_POSITIONS", 2**21 if not found else 1)
+        found.append(mtzip.zip_networks(networks, images).report.memory)
+        assert found[-1]["kept"] <= found[-1]["estimate"]
+    everything, some = found
+    assert some["kept"] < everything["kept"] / 2
+    assert some["estimate"] < everything["estimate"] / 2
+
+
 # -- the store -----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +228,38 @@ def test_views_count_once():
         del whole
         gc.collect()
         assert store.resident == 400
+
+
+def test_memory_is_handed_back_once_much_was_let_go_of(monkeypatch):
+    handed = []
+    monkeypatch.setattr(spill, "HANDED_BACK", 1000)
+    monkeypatch.setattr(spill, "hand_back", lambda: handed.append(store.resident))
+    store = Store()
+    values = Values(store, 1, 8)
+    for at in range(8):
+        values.put(at, noise(100))  # 400 bytes
+    assert handed == []
+    for at in range(8):
+        values.drop(at)
+    assert handed == [2000, 800]
+    for _ in range(9):  # little at a time
+        values.put(0, noise(100))
+        values.drop(0)
+    assert handed == [2000, 800]
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_handed_back_is_no_longer_of_this_process():
+    blocks = [bytearray(2**16) for _ in range(3200)]  # 200 MB in pieces
+    full = resident()
+    del blocks[1::2]
+    spill.hand_back()
+    assert full - resident() > 80e6
 
 
 def test_a_full_disk_says_what_to_do(folder, monkeypatch):

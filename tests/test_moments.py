@@ -8,6 +8,7 @@ from nets import noise
 from torch import nn
 from torch.nn import functional as F
 
+from mtzip.memory import MOMENT_SAMPLES, samples_for
 from mtzip.merging.moments import Moment, View, collect, cross_moment, enough
 
 LAYERS = {
@@ -194,3 +195,16 @@ def test_enough_samples():
     assert enough(view, inputs, 1, 2) == [3]
     assert enough(view, inputs, 0, 10) == [8, 2]
     assert enough(view, inputs, 1000, 1) == [8] * 5
+
+
+def test_fewer_samples_are_enough_where_positions_are_many():
+    """Images of 32 x 32 as ever; at 224 x 224 the first layers of VGG-16 take 64, the last all that columns ask for."""
+    of = {(27, 32): 256, (576, 32): 256, (4608, 2): 73_728, (576, 90): 256, (576, 224): 64, (1152, 112): 167}
+    of |= {(2304, 56): 256, (4608, 28): 377, (4608, 14): 1505}
+    assert {(columns, side): samples_for(columns, side**2, *MOMENT_SAMPLES) for columns, side in of} == of
+
+
+def test_enough_takes_as_many_as_that():
+    view = View("conv2d", (3, 3), {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)})
+    inputs = [torch.zeros(1, device="meta").expand(50, 64, 224, 224)] * 6
+    assert enough(view, inputs, *MOMENT_SAMPLES) == [50, 14]

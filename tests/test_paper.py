@@ -301,3 +301,24 @@ def test_first_case_of_lenet_300_100_has_the_real_networks():
     # The weights' own notes: 97.72 and 98.39 % of the test images right.
     assert {name: round(error, 2) for name, error in found.items()} == {"a": 2.28, "b": 1.61}
     assert first.methods == methods.BASELINES and first.steps == 100
+
+
+def test_full_size_measures_time_and_memory(monkeypatch, tmp_path, capsys):
+    """On small networks in place of the large ones: every layer a row, and figures that can be."""
+    from bench.paper import vgg_16_full_size
+
+    monkeypatch.setattr(vgg_16_full_size, "ImageNetVgg16", lambda classes, seed: network(seed, classes))
+    for name in ("cifar10", "gtsrb"):
+        monkeypatch.setattr(vgg_16_full_size.data, name, lambda part: (torch.rand(9, 3, 8, 8), None))
+    monkeypatch.setattr(vgg_16_full_size.data, "normalised", lambda images, _: images[:, :1] - 0.5)
+    file = tmp_path / "rows.csv"
+    rows = command.main(["vgg-16-full-size", "--images", "12", "--size", "6", "--memory", "200MB", "--csv", str(file)])
+    found = {row.measure: row.value for row in rows}
+    assert {row.work for row in rows} == {"two VGG-16, 12 images of 6 x 6 a task"}
+    assert {"conv, s", "fc1, s", "fc2, s", "trace, s"} <= found.keys()
+    assert 60 * found["zip, min"] >= sum(found[f"{layer}, s"] for layer in ("conv", "fc1", "fc2"))
+    assert found["zip / two forward passes"] == pytest.approx(30 * found["zip, min"] / found["forward passes, s"])
+    assert 0 <= found["above what it was before, GB"] < found["memory of the process at most, GB"] < 64
+    assert 50 < found["parameters stored, %"] < 60
+    assert [row["measure"] for row in csv.DictReader(file.open())] == list(found)
+    assert "estimated memory" in capsys.readouterr().out

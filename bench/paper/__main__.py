@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from . import largest_share
+from . import largest_share, vgg_16_full_size
 from .methods import METHODS
 from .run import rows
 from .table import Row, table, write_csv
 
-EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "resnets", "ablations", "largest-share")
+EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "vgg-16-full-size", "resnets", "ablations", "largest-share")
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--seeds", type=int, metavar="N", help="average N runs in place of the experiment's own number")
     parser.add_argument("--steps", type=int, metavar="N", help="of retraining, in place of the experiment's own number")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, after each")
+    parser.add_argument("--images", type=int, metavar="N", help="vgg-16-full-size: images a task (1,024)")
+    parser.add_argument("--size", type=int, metavar="N", help="vgg-16-full-size: their height and width (224)")
+    parser.add_argument("--memory", metavar="TEXT", help="vgg-16-full-size: memory= of the zip (12GB)")
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
@@ -45,6 +48,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     if options.data:
         os.environ["MTZ_SHARED"] = options.data
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if options.name == "vgg-16-full-size":
+        return vgg_16_full_size.run(options.images, options.size, options.memory, options.quick, options.csv)
     found: list[Row] = []
     for row in _rows(options, chosen):
         found.append(row)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import mtz_ext
 
 from ..distributed import total
+from ..memory import MOMENT_SAMPLES
 from ..network.layout import Run
 from ..trace.analysis import Analysis, Layer
 from ..trace.correspond import AxisGroup
@@ -24,7 +25,7 @@ from .columns import Unknown, axis_rows
 from .execute import Execution
 from .install import Outputs
 from .merge import Rows
-from .moments import MOMENT_SAMPLES, Moment, Target, View, at_least_float32, enough, heads
+from .moments import Moment, Target, View, at_least_float32, enough, heads
 from .norms import folded_affine
 from .options import Options
 from .part import Part

@@ -111,6 +111,10 @@ class Outputs:
     @classmethod
     def of(cls, part: Part, rows: Rows) -> Outputs:
         """From moments alone: no pass over the data."""
+        if part.moment.samples is not None:
+            outputs = part.moment.samples @ rows.weight.T
+            variance, product = outputs.square().sum(0), (outputs * part.target.samples).sum(0)
+            return cls.from_moments(rows.weight @ part.moment.mean, variance, product)
         every = torch.arange(len(rows.weight), device=rows.weight.device)
         variance = part.moment.variance(rows.weight)
         product = (rows.weight * cross_moment(part.moment, part.target, every).T).sum(1)

@@ -191,6 +191,7 @@ def scale_free_difference(
     right: list[Tensor],
     ratios: Sequence[float] = RATIOS,
     alone: Sequence[Tensor] | None = None,
+    rests: Rests | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Functional difference [n, m] and best ratio [n, m] where each task keeps a private scale.
 
@@ -203,6 +204,7 @@ def scale_free_difference(
         ratios: scales of the second task to try, the first one's being 1; a neuron and its negative are the same to a
             private scale, so each is tried with both signs. None: there are no private scales.
         alone: what the rows of each side gain alone, [n] and [m], where that is known (:func:`gain_alone`).
+        rests: of the rows, outside of what the system spans.
 
     Both are in the precision of the system's factors.
     """
@@ -214,6 +216,8 @@ def scale_free_difference(
     best = ratio = None
     for r in ratios:
         one, two, across = system.factor([1.0, r]).gains(*both)
+        if rests is not None:
+            one, two, across = (a.add_(b) for a, b in zip((one, two, across), rests.gains(r), strict=True))
         sign = torch.where(across < 0, -1.0, 1.0).to(across) if signed else torch.ones_like(across)
         gain = across.mul_(sign).mul_(2 * r).add_(one[:, None]).add_(two, alpha=r * r)
         if best is None:
@@ -222,8 +226,37 @@ def scale_free_difference(
             better = gain > best
             best, ratio = torch.where(better, gain, best), torch.where(better, r * sign, ratio)
     alone = alone or [gain_alone(system, at, b) for at, b in enumerate(right)]
+    if rests is not None:
+        alone = [gain + rest for gain, rest in zip(alone, rests.alone, strict=True)]
     first, second = (gain.to(best.dtype) for gain in alone)
     return best.neg_().add_(first[:, None]).add_(second).clamp_min_(0).div_(2), ratio
+
+
+@dataclass
+class Rests:
+    """What rows of two sides are beside the columns of a system: columns of which no sample has anything, only damping.
+
+    Args:
+        weights: alpha times lambda of each side.
+        sizes: squares of the rests of either side, [n] and [m].
+        across: products of the rests of one side with those of the other, [n, m].
+    """
+
+    weights: Sequence[float]
+    sizes: Sequence[Tensor]
+    across: Tensor
+
+    @property
+    def alone(self) -> tuple[Tensor, Tensor]:
+        """What each gains alone."""
+        return self.weights[0] * self.sizes[0], self.weights[1] * self.sizes[1]
+
+    def gains(self, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What they add to :meth:`.solve.Factor.gains`, where the second side's scale is ``ratio``."""
+        first, second = self.weights
+        total = first + ratio * ratio * second
+        one, two = first * first / total * self.sizes[0], second * second / total * self.sizes[1]
+        return one, two, first * second / total * self.across
 
 
 def gain_alone(system: JointSystem, at: int, b: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .columns import Unknown
+from .moments import is_whole
+from .narrow import narrowed
 from .part import Systems, plain_mean
 from .restricted import mean_with_zeros, rows_with_zeros
 from .solve import JointSystem
@@ -44,7 +46,12 @@ def solve_rows(
     members = sorted(rows)
     parts = {task: systems.parts[task] for task in members}
     unknown, system = systems.of(members)
-    if method == "refit":
+    narrow = narrowed(systems, members) if method == "refit" else None
+    if narrow is not None:
+        few, plane = narrow.paired(rows)
+        theta, scales = _refit(few.parts, rows, *few.of(members), starts)
+        theta = narrow.widened(theta, rows, plane)
+    elif method == "refit":
         theta, scales = _refit(parts, rows, unknown, system, starts)
     else:
         theta, bias = plain_mean(parts, rows, unknown)
@@ -55,9 +62,11 @@ def solve_rows(
     solved = {}
     for task in members:
         part = parts[task]
-        own = theta[unknown.index[task].to(theta.device)]
-        full = theta.new_zeros(part.weight.shape[1], theta.shape[1])
-        full[unknown.columns[task]] = own
+        index, columns = unknown.index[task], unknown.columns[task]
+        own = full = theta if is_whole(index, len(theta)) else theta[index.to(theta.device)]
+        if not is_whole(columns, part.weight.shape[1]):
+            full = theta.new_zeros(part.weight.shape[1], theta.shape[1])
+            full[columns] = own
         if part.constant == "none":
             constant = torch.zeros_like(scales[task])
         elif part.constant == "shared":
@@ -65,7 +74,7 @@ def solve_rows(
         elif method != "refit" and (method == "average" or len(members) == 1):
             constant = part.bias[rows[task]]
         else:
-            constant = part.target.mean[rows[task]] - scales[task] * (part.moment.mean[unknown.columns[task]] @ own)
+            constant = part.target.mean[rows[task]] - scales[task] * (part.moment.mean[columns] @ own)
         solved[task] = Rows(full.T, scales[task], constant)
     return unknown, theta, solved
 

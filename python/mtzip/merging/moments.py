@@ -20,10 +20,8 @@ from torch.nn import functional as F
 import mtz_ext
 
 from ..distributed import gathered_rows, own_share, total
+from ..memory import samples_for
 from ..trace.analysis import Layer
-
-#: Positions to a column and samples that are enough for a layer's moments.
-MOMENT_SAMPLES = (64, 256)
 
 
 def is_whole(index: Tensor, size: int) -> bool:
@@ -276,8 +274,7 @@ def enough(view: View, inputs: Sequence[Tensor], per_column: int, samples: int) 
     Positions of an image are many and alike; early layers of a convolutional network have a thousand times more of them
     than columns, and are where the time goes.
     """
-    wanted = -(-per_column * view.columns(inputs[0]) // max(view.positions(inputs[0][:1]), 1))
-    left = own_share(max(samples, wanted))
+    left = own_share(samples_for(view.columns(inputs[0]), view.positions(inputs[0][:1]), per_column, samples))
     sizes: list[int] = []
     for x in inputs:  # no chunk more than needed: they are computed when asked for
         sizes.append(min(len(x), left))

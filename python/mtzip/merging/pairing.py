@@ -12,6 +12,7 @@ from . import match
 from .columns import Unknown
 from .joins import Forming
 from .match import Slots
+from .narrow import narrowed
 from .part import Part, Systems, plain_mean
 from .solve import JointSystem
 
@@ -163,6 +164,10 @@ def _row_distances(
             own = parts[new].bias[rows[new]]
             first, second = torch.cat([first, bias[:, None]], 1), torch.cat([second, own[:, None]], 1)
         return match.euclidean(first, second), None
+    narrow = narrowed(systems, tasks) if method == "refit" else None
+    if narrow is not None:
+        systems = narrow.systems
+        parts = systems.parts
     unknown, system = systems.of(tasks, shared_only=method == "mtz")
     alone = None
     if method == "mtz":
@@ -187,7 +192,8 @@ def _row_distances(
         ]
         alone = _gains_alone(parts, rows, unknown, system, right)
     if len(tasks) == 2:
-        return match.scale_free_difference(system, right, ratios, alone)
+        rests = None if narrow is None else narrow.rests(rows, weighted=bool(ratios))
+        return match.scale_free_difference(system, right, ratios, alone, rests)
     return match.joining_difference(system, right, scales.to(right[0]), ratios)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Part:
         unchanged: whether the target is what the weight puts out itself on the moment's inputs, as while planning.
         support: [r, d] where the original's weight is not zero, in stored order; None where zeros need not be kept.
         counted: whether rows that tasks share may have no more weights than the task with most.
+        coordinates: [r, n] of the weight's rows over what few samples span (narrow.py); None where nobody asked.
     """
 
     task: int
@@ -67,6 +69,7 @@ class Part:
     unchanged: bool = False
     support: Tensor | None = None
     counted: bool = False
+    coordinates: Tensor | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -107,6 +110,7 @@ class Part:
         if weights:
             self.weight, self.bias = self.weight[order], self.bias[order]
             self.support = None if self.support is None else self.support[order]
+            self.coordinates = None if self.coordinates is None else self.coordinates[order]
         t = self.target
         cross = None if t.cross is None else t.cross[:, order]
         samples = None if t.samples is None else t.samples[:, order]
@@ -196,6 +200,7 @@ class Systems:
     def __init__(self, parts: Mapping[int, Part]):
         self.parts = parts
         self._known: dict[tuple[int, ...], tuple[Unknown, JointSystem]] = {}
+        self.narrow: dict[tuple[int, ...], Any] = {}  # tasks to the narrow form (narrow.py) of what they store together
 
     def of(self, members: Sequence[int], shared_only: bool = False) -> tuple[Unknown, JointSystem]:
         """Layout of the unknown and system of rows that ``members`` store together.
@@ -227,11 +232,11 @@ def build_system(parts: Mapping[int, Part], unknown: Unknown) -> JointSystem:
         moment = part.moment_of(unknown.columns[task])
         if part.constant == "shared":
             shared, index = True, torch.cat([index, torch.tensor([unknown.size])])
-        sides.append(Side(moment, index.to(moment.mean.device), part.alpha, part.damping * _energy(moment)))
+        sides.append(Side(moment, index.to(moment.mean.device), part.alpha, part.damping * column_energy(moment)))
     return JointSystem(sides, unknown.size + shared)
 
 
-def _energy(moment: Moment) -> float:
+def column_energy(moment: Moment) -> float:
     """Mean variance of the columns; where none varies, a number so large that weights stay as they are."""
     if not len(moment.mean):
         return 1.0

@@ -6,6 +6,7 @@ one of them is in memory at a time. It comes back bit for bit, strides included.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+#: Bytes of values that are let go of before memory is handed back to the system.
+HANDED_BACK = 2**30
 
 
 class Store:
@@ -33,6 +37,7 @@ class Store:
         self.spilled = 0
         #: Bytes of values in memory, now and at most.
         self.resident = self.peak = 0
+        self._held = 0  # most that were in memory since memory was handed back
         self._storages: dict[int, int] = {}  # address to how many chunks lie in it
         self._values: weakref.WeakSet[Values] = weakref.WeakSet()
         self._folder: str | None = None
@@ -79,7 +84,10 @@ class Store:
             else:
                 self._storages.pop(storage.data_ptr(), None)
             self.resident += storage.nbytes() * ((now > 0) - (before > 0))
-        self.peak = max(self.peak, self.resident)
+        self.peak, self._held = max(self.peak, self.resident), max(self._held, self.resident)
+        if self._held - self.resident > HANDED_BACK:
+            self._held = self.resident
+            hand_back()
 
     def register(self, values: Values) -> None:
         """Takes values into account from here on."""
@@ -155,6 +163,19 @@ class Values(Sequence):
             item.remove()
         elif item is not None:
             self._store.count(item, -1)
+
+
+def hand_back() -> None:
+    """Hands memory that was let go of back to the system, where the C library has a way to.
+
+    glibc keeps blocks of up to 32 MB for itself, in pieces: 6 GB after the middle layers of VGG-16 at 224 x 224, which
+    the linear layers behind them cannot use.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 class _OnDisk:

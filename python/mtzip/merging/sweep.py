@@ -7,6 +7,8 @@ new, solves for the rows, installs them, and runs on. So a zip costs two forward
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -14,6 +16,7 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from ..memory import MOMENT_SAMPLES
 from ..network.layout import Run
 from ..network.leaf import LEAVES
 from ..network.zeros import nonzero
@@ -27,7 +30,7 @@ from .execute import Execution
 from .grouped import GroupedPart, grouped_part, kernel_costs, solve_grouped
 from .kept import KeptLayer
 from .match import Slots
-from .moments import MOMENT_SAMPLES, View, collect, enough, heads
+from .moments import View, collect, enough, heads
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .options import Options
 from .part import Part, Systems, positions, settle
@@ -35,6 +38,8 @@ from .reconstruct import corrected, correction, following
 from .residual import without_loss
 from .sensitivity import row_weighting
 from .solve import automatic_damping
+
+_log = logging.getLogger("mtzip")
 
 #: Positions to a column and samples that are enough for a substitution that corrects moments.
 RECONSTRUCTION_SAMPLES = (20, 64)
@@ -72,11 +77,13 @@ class Sweep:
         )
         for group in bar:
             bar.set_postfix_str(group.name)
+            clock = time.perf_counter()
             for task, layer in group.layers.items():
                 self.executions[task].advance(layer.node, self._visits(task))
             changed = self._merge(group)
             for task, layer in group.layers.items():
                 self.executions[task].finish(layer.node, changed[task])
+            _log.debug("%s: %.1f s", group.name, time.perf_counter() - clock)
         for task, execution in enumerate(self.executions):
             execution.advance(None, self._visits(task))
 
