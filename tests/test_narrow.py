@@ -118,3 +118,13 @@ def test_the_square_matrix_is_seen_where_samples_are_many():
         zipped = mtzip.zip_networks(pair(), inputs(400), share=1.0)
     assert zipped.report.layers[0].space == "feature"
     assert largest.found >= WIDTH**2
+
+
+def test_zeros_to_keep_are_not_turned_into_other_columns(used):
+    networks = pair()
+    for network in networks.values():
+        with torch.no_grad():
+            network[0].weight[:, ::3] = 0
+    zipped = mtzip.zip_networks(networks, inputs(), keep_zeros=True)
+    assert used == []
+    assert all((zipped[task][0].weight[:, ::3] == 0).all() for task in "ab")

@@ -22,8 +22,8 @@ def euclidean_pairs() -> Iterator[None]:
     """Neurons are paired by the plain distance of their weights, not weighted by the Hessian (second moment)."""
     matched = pairing.match_axis
 
-    def plain(groups, count, method, matching, extra=(), ratios=None):
-        return matched(groups, count, "average", matching, extra)
+    def plain(groups, count, method, matching, extra=(), **settings):
+        return matched(groups, count, "average", matching, extra, **settings)
 
     with mock.patch.object(pairing, "match_axis", plain):
         yield
