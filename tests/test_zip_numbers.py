@@ -93,7 +93,7 @@ def test_refitted_batchnorm_puts_out_the_targets_mean():
 def test_without_affine_the_bias_is_shared_and_right():
     """affine=False: one bias for both tasks, solved jointly with the rows; no scale."""
     networks, data = pair(mlp), inputs(6)
-    zipped = zip_pair(networks, data, affine=False)
+    zipped = zip_pair(networks, data, affine=False, follow=False)
     a, b = zipped["a"][0], zipped["b"][0]
     assert a.layout.scaled == 0
     assert a.bias is b.bias
