@@ -110,7 +110,8 @@ def compare(name: str, networks: Mapping[str, nn.Module], inputs: Mapping[str, T
         runs = observed.runs({task: part.layer.rows for task, part in parts.items()})
         shared = {task: positions(runs[task], every, part.weight.device) for task, part in parts.items()}
         unknown, system = Systems(parts).of(every, shared_only=True)
-        weights = [parts[task].weight_of(shared[task], unknown.columns[task]).T.contiguous() for task in every]
+        # Those of many columns are planned with in float32.
+        weights = [parts[task].weight_of(shared[task], unknown.columns[task]).T.double() for task in every]
         if not (system.size and weights[0].shape[1]):
             continue
         costs = [summed(system, weights, way(system, weights)) for way in (jointly, chained)]

@@ -60,9 +60,18 @@ def test_two_tasks_are_no_chain(assert_within):
     assert_within(chained(system, weights), jointly(system, weights), 1e-9)
 
 
-@pytest.mark.parametrize("make, shape", [(mlp, (6,)), (Residual, (2, 8, 8))])
-def test_every_layer_of_three_networks(make, shape):
+def wide():
+    """Layers of so many columns that planning takes their weights in float32."""
+    return mlp(400, (12, 8))
+
+
+@pytest.mark.parametrize(
+    "make, shape, layers",
+    [(mlp, (6,), 2), (Residual, (2, 8, 8), 5), (wide, (400,), 2)],
+    ids=["mlp", "residual", "wide"],
+)
+def test_every_layer_of_three_networks(make, shape, layers):
     networks = {task: seeded(make, seed) for seed, task in enumerate("abc")}
-    rows = compare("small", networks, {task: noise(100, *shape, seed=at) for at, task in enumerate("abc")})
-    assert len(rows) == {mlp: 2, Residual: 5}[make]
+    rows = compare("small", networks, {task: noise(500, *shape, seed=at) for at, task in enumerate("abc")})
+    assert len(rows) == layers
     assert all(0 < row.joint < row.chained for row in rows)

@@ -151,7 +151,7 @@ def functional_difference(system: JointSystem, first: Tensor, second: Tensor) ->
     if int(status):
         values, vectors = torch.linalg.eigh(parallel)
         factor = vectors * values.clamp_min(0).sqrt()
-    return mtz_ext.neuron_distances(first, second, factor)
+    return mtz_ext.neuron_distances(first.to(factor.dtype), second.to(factor.dtype), factor)
 
 
 def _dense(side) -> Tensor:
