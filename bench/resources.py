@@ -32,10 +32,8 @@ class Kernel:
 def compiled(source: Path, architecture: str) -> list[Kernel]:
     """All kernels of a file.
 
-    Raises
-    ------
-    RuntimeError
-        nvcc does not compile it.
+    Raises:
+        RuntimeError: nvcc does not compile it.
     """
     options = ["-std=c++17", "-O3", f"-I{CSRC / 'include'}", f"-I{CSRC}", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,10 @@ class OnCpu(TorchFunctionMode):
     """What is asked of a CUDA device is done on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        there = lambda value: isinstance(value, str) and value.startswith("cuda")  # noqa: E731
+
+        def there(value: object) -> bool:
+            return isinstance(value, str) and value.startswith("cuda")
+
         args = tuple("cpu" if there(value) else value for value in args)
         kwargs = {name: "cpu" if there(value) else value for name, value in (kwargs or {}).items()}
         return function(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from .errors import unknown_task
 from .network.zipped import ZippedNetwork
 from .planning.budget import Budget
-from .planning.follow import Followers, Following
+from .planning.follow import Followers
 from .prepare import Prepared
 from .reports.report import Report
 from .trace.alike import is_head
@@ -69,11 +69,10 @@ def zip_following(
     tasks = list(prepared.tasks)
     followers = Followers(prepared.analyses, prepared.chunks)
     if isinstance(follow, Mapping):
-        told = {tasks.index(task): tasks.index(leader) for task, leader in follow.items()}
-        chosen = {}
-        for task, leader in told.items():
+        chosen = {tasks.index(task): tasks.index(leader) for task, leader in follow.items()}
+        for task, leader in chosen.items():
             try:
-                chosen[task] = Following(leader, followers.error(task, leader))
+                followers.error(task, leader)
             except ValueError as error:
                 raise ValueError(f"follow: {tasks[task]!r} cannot follow {tasks[leader]!r}: {error}") from None
         return _zip(zip_, prepared, networks, followers, chosen)
@@ -122,16 +121,16 @@ def _zip(
     prepared: Prepared,
     networks: Mapping[str, nn.Module],
     followers: Followers,
-    chosen: Mapping[int, Following],
+    chosen: Mapping[int, int],
 ) -> ZippedNetwork:
     """A zip of networks of which some have another's trunk."""
     tasks, analyses, networks = list(prepared.tasks), list(prepared.analyses), dict(networks)
-    for task, following in chosen.items():
+    for task, leader in chosen.items():
         name = tasks[task]
-        networks[name] = followers.network(task, following.leader, networks[name])
+        networks[name] = followers.network(task, leader, networks[name])
         analyses[task] = analyses[task].of(evaluation_copy(networks[name]))
     result = zip_(replace(prepared, analyses=analyses, sensitivities=[]), networks)
-    result.report.follows = {tasks[task]: tasks[following.leader] for task, following in chosen.items()}
+    result.report.follows = {tasks[task]: tasks[leader] for task, leader in chosen.items()}
     for task in result.report.follows:
         result.orders.pop(task, None)  # its neurons are not its original's
     return result

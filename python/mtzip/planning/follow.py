@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 
 import torch
@@ -38,22 +37,8 @@ FIRST, TOO_LARGE = 64, 2.0
 #: Of every so many parts of the samples one is kept apart, to measure on.
 PARTS = 4
 
-
 #: Path of a head to chunks of what it reads and of what it puts out.
 Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
-
-
-@dataclass
-class Following:
-    """What comes of one task following another.
-
-    Args:
-        leader: index of the task whose trunk is taken.
-        error: mean squared error of the follower's outputs on inputs its head was not fitted on, over their variance.
-    """
-
-    leader: int
-    error: float
 
 
 class Followers:
@@ -106,8 +91,8 @@ class Followers:
             found.append(install.relative_error(rest, rows, install.Outputs.of(rest, rows)))
         return sum(found) / len(found)
 
-    def best(self, merged: Mapping[int, float]) -> dict[int, Following]:
-        """Who should follow whom: the closest first, those that lead follow nobody.
+    def best(self, merged: Mapping[int, float]) -> dict[int, int]:
+        """Who should follow whom, task to leader: the closest first, those that lead follow nobody.
 
         Args:
             merged: task to the relative error of its outputs as merged. A task is a candidate where its error behind
@@ -121,13 +106,12 @@ class Followers:
                     errors[follower, leader] = self.error(follower, leader)
             except ValueError:
                 continue
-        chosen: dict[int, Following] = {}
+        chosen: dict[int, int] = {}
         for (follower, leader), error in sorted(errors.items(), key=lambda item: item[1]):
-            leaders = {known.leader for known in chosen.values()}
-            if follower in chosen or follower in leaders or leader in chosen:
+            if follower in chosen or follower in chosen.values() or leader in chosen:
                 continue
             if error < merged[follower] + merged[leader]:
-                chosen[follower] = Following(leader, error)
+                chosen[follower] = leader
         return chosen
 
     def network(self, follower: int, leader: int, network: nn.Module) -> nn.Module:
