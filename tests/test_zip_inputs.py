@@ -139,6 +139,15 @@ def test_the_same_object_twice_and_weights_that_are_not_finite():
         mtzip.zip_networks({"a": network, "b": broken}, some(inputs(6), "ab"))
 
 
+def test_networks_on_two_devices_are_refused():
+    networks, data = pair(mlp), inputs(6)
+    networks["b"].to("meta")
+    with pytest.raises(
+        ValueError, match=r"one device, got networks\['a'\] has 0.weight on cpu and 0.weight .* on meta"
+    ):
+        mtzip.zip_networks(networks, some(data, networks))
+
+
 def test_activations_that_overflow_are_an_error_and_not_a_network_of_nans():
     networks, data = pair(mlp), inputs(6)
     networks["b"][0].weight.data.mul_(1e30)

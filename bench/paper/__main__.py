@@ -17,7 +17,10 @@ from .methods import METHODS
 from .run import rows
 from .table import Row, table, write_csv
 
-EXPERIMENTS = ("lenet-300-100", "lenet-5", "vgg-16", "vgg-16-full-size", "resnets", "ablations", "largest-share")
+EXPERIMENTS = (
+    *("lenet-300-100", "lenet-5", "vgg-16", "vgg-16-full-width", "vgg-16-full-size", "resnets"),
+    *("ablations", "largest-share"),
+)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -33,6 +36,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, metavar="N", help="average N runs in place of the experiment's own number")
     parser.add_argument("--steps", type=int, metavar="N", help="of retraining, in place of the experiment's own number")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, after each")
     parser.add_argument("--images", type=int, metavar="N", help="vgg-16-full-size: images a task (1,024)")
     parser.add_argument("--size", type=int, metavar="N", help="vgg-16-full-size: their height and width (224)")
@@ -47,9 +51,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {unknown!r}")
     if options.data:
         os.environ["MTZ_SHARED"] = options.data
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    name = platform.processor() or platform.machine()
+    if options.device != "cpu":
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.name == "vgg-16-full-size":
-        return vgg_16_full_size.run(options.images, options.size, options.memory, options.quick, options.csv)
+        return vgg_16_full_size.run(
+            options.images, options.size, options.memory, options.quick, options.csv, torch.device(options.device)
+        )
     found: list[Row] = []
     for row in _rows(options, chosen):
         found.append(row)
@@ -65,7 +74,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterator[Row]:
     """The rows of an experiment with what the command line changes of it."""
     if options.name == "largest-share":
-        yield from largest_share.search(options.quick, options.steps)
+        yield from largest_share.search(options.quick, options.steps, torch.device(options.device))
         return
     experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
     for case in experiment.cases(options.quick, options.ablations):
@@ -76,7 +85,7 @@ def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterat
             changes["seeds"] = tuple(range(options.seeds))
         if options.steps is not None:
             changes["steps"] = options.steps
-        yield from rows(dataclasses.replace(case, **changes))
+        yield from rows(dataclasses.replace(case, **changes).on(torch.device(options.device)))
 
 
 if __name__ == "__main__":

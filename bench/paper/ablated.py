@@ -61,4 +61,4 @@ def of_pixels(covariance: Tensor, kernel: tuple[int, ...]) -> Tensor:
         places *= size
     channels = len(covariance) // places
     blocks = covariance.view(channels, places, channels, places).diagonal(dim1=1, dim2=3)  # [C, C, places]
-    return torch.kron(blocks.mean(2), torch.eye(places, dtype=covariance.dtype))
+    return torch.kron(blocks.mean(2), torch.eye(places, dtype=covariance.dtype, device=covariance.device))

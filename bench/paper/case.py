@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,6 +64,19 @@ class Case:
             for at, (name, task) in enumerate(self.tasks.items())
         }
 
+    def on(self, device: torch.device) -> Case:
+        """The case with its networks and images on ``device``."""
+        kinds = ("train_images", "train_labels", "test_images", "test_labels")
+        moved_tasks = {
+            id(task): replace(task, **{kind: getattr(task, kind).to(device) for kind in kinds})
+            for task in {id(task): task for task in self.tasks.values()}.values()
+        }
+        return replace(
+            self,
+            networks={name: copy.deepcopy(network).to(device) for name, network in self.networks.items()},
+            tasks={name: moved_tasks[id(task)] for name, task in self.tasks.items()},
+        )
+
     def loaders(self, labels: bool) -> dict[str, Batches]:
         """Task to training batches without test images."""
         return {name: Batches(task, self.shift, name in self.flips, labels=labels) for name, task in self.tasks.items()}
@@ -87,7 +101,8 @@ class Batches:
         for chosen in order[: len(order) // self.size * self.size].split(self.size):
             images = self.task.train_images[chosen]
             if self.flip:
-                images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+                mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+                images = torch.where(mirrored.to(images.device), images.flip(3), images)
             images = moved(images, self.shift)
             yield (images, self.task.train_labels[chosen]) if self.labels else images
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+
 import mtzip
 
 from . import vgg_16
@@ -21,12 +23,16 @@ GRID = 0.05  # shares are multiples of it
 PAPER = "39.61 % shared at < 0.5 on both (ImageNet, CelebA, full width)"
 
 
-def search(quick: bool, steps: int | None = None) -> Iterator[Row]:
+def search(
+    quick: bool,
+    steps: int | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Iterator[Row]:
     """A row for every share that halving comes to, with retraining; the largest within the limit is marked.
 
     The error is taken to rise with the share. Test images decide, as in the paper, so the share is the largest of few.
     """
-    case = next(vgg_16.cases(quick, False))
+    case = next(vgg_16.cases(quick, False)).on(device)
     case = dataclasses.replace(case, methods=("mtzip",), paper=PAPER, steps=case.steps if steps is None else steps)
     low, high = 0, round(1 / GRID)  # low holds, high is thought to fail: everything shared is the other experiment
     while high - low > (2 if quick else 1):

@@ -26,7 +26,7 @@ def wrong(networks: Mapping[str, Callable[[Tensor], Tensor]], tasks: Mapping[str
     for name, task in tasks.items():
         with evaluating(networks[name]):
             guesses = torch.cat([networks[name](x).argmax(1) for x in task.test_images.split(500)])
-        found[name] = (guesses != task.test_labels).double()
+        found[name] = (guesses != task.test_labels).double().cpu()
     return found
 
 

@@ -51,7 +51,14 @@ class Row:
     detail: str = ""
 
 
-def run(images: int | None, size: int | None, memory: str | None, quick: bool, file: str | None) -> list[Row]:
+def run(
+    images: int | None,
+    size: int | None,
+    memory: str | None,
+    quick: bool,
+    file: str | None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> list[Row]:
     """Measures, prints every row, and writes them to ``file`` if one is given.
 
     Args:
@@ -60,10 +67,12 @@ def run(images: int | None, size: int | None, memory: str | None, quick: bool, f
         memory: as :func:`mtzip.zip_networks` takes it.
         quick: fewer and smaller images.
         file: a CSV file, or None.
+        device: where the networks and their inputs are.
     """
     usual = QUICK if quick else (IMAGES, SIZE)
     rows = []
-    for row in _measured(images or usual[0], size or usual[1], memory or MEMORY):
+    memory = memory or (MEMORY if device.type == "cpu" else None)  # a GPU is one's own: half of what is free
+    for row in _measured(images or usual[0], size or usual[1], memory, device):
         rows.append(row)
         print(f"{row.measure}: {row.value:,.2f}" + (f" ({row.detail})" if row.detail else ""), flush=True)
         if file:
@@ -79,11 +88,16 @@ def write_csv(rows: list[Row], file: str | Path) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def _measured(images: int, size: int, memory: str) -> Iterator[Row]:
+def _measured(images: int, size: int, memory: str | None, device: torch.device) -> Iterator[Row]:
     work = f"two VGG-16, {images:,} images of {size} x {size} a task"
     inputs = {"cifar10": _enlarged(data.cifar10, images, size), "gtsrb": _enlarged(data.gtsrb, images, size)}
-    networks = {"cifar10": ImageNetVgg16(10, 1).eval(), "gtsrb": ImageNetVgg16(43, 2).eval()}
+    networks = {"cifar10": ImageNetVgg16(10, 1).eval().to(device), "gtsrb": ImageNetVgg16(43, 2).eval().to(device)}
+    inputs = {task: x.to(device) for task, x in inputs.items()}
     threads = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        _forward(networks, {task: x[:FORWARD_BATCH] for task, x in inputs.items()})  # libraries are loaded once
+        threads += f", {torch.cuda.get_device_name(device)}"
+        torch.cuda.reset_peak_memory_stats(device)
     with _Clock() as forward:
         _forward(networks, inputs)
     passes = f"one of each network, {forward.cpu:.0f} s of processor, {threads}"
@@ -94,15 +108,18 @@ def _measured(images: int, size: int, memory: str) -> Iterator[Row]:
     report = zipped.report
     for name, seconds in {"trace": report.seconds["trace"], **stages.seconds}.items():
         yield Row(work, f"{name}, s", seconds)
-    yield Row(work, "zip, min", clock.wall / 60, f"{clock.cpu / 60:.1f} min of processor, {threads}")
+    yield Row(work, "zip, s", clock.wall, f"{clock.cpu:.0f} s of processor, {threads}")
     # Other work on the machine stretches the time by the clock, not that of the processor.
     for name, own, pass_ in (("", clock.wall, forward.wall), (", processor", clock.cpu, forward.cpu)):
         yield Row(work, f"zip / two forward passes{name}", own / (2 * pass_), f"{own:.0f} s / {2 * pass_:.0f} s")
     peak, known = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.memory
     held = f"{shown(before)} before it began: the networks and their inputs"
     yield Row(work, "memory of the process at most, GB", peak / 1e9, held)
-    beside = f"memory={memory}, and copies of the networks"
+    beside = f"memory={memory or 'half of what is free'}, and copies of the networks"
     yield Row(work, "above what it was before, GB", (peak - before) / 1e9, beside)
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        yield Row(work, "memory of the GPU at most, GB", peak / 1e9, f"of {total / 1e9:.0f}, networks and inputs too")
     yield Row(work, "estimated, GB", known["estimate"] / 1e9, f"at least {shown(known['least'])}")
     yield Row(work, "written to disk, GB", known["spilled"] / 1e9, f"{shown(known['kept'])} kept in memory at most")
     yield Row(work, "parameters stored, %", 100 * report.parameters_after / report.parameters_before)
@@ -126,12 +143,19 @@ class _Clock:
     """Seconds that a block takes, by the clock and of the processor (all threads)."""
 
     def __enter__(self) -> _Clock:
+        _synchronize()
         self.wall, self.cpu = -time.perf_counter(), -time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _synchronize()
         self.wall += time.perf_counter()
         self.cpu += time.process_time()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _resident() -> int:

@@ -52,10 +52,24 @@ def check_arguments(networks, inputs, share, method, matching, damping, reconstr
         raise ValueError(f"reconstructions must be 0 or more, got {reconstructions!r}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples!r}")
+    check_devices(networks)
     for task, network in networks.items():
         for path, parameter in network.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise ValueError(f"networks[{task!r}]: {path} must be finite, got NaN or Inf")
+
+
+def check_devices(networks: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError unless all parameters and buffers of all networks are on one device."""
+    first: tuple[str, torch.device] | None = None
+    for task, network in networks.items():
+        for path, tensor in (*network.named_parameters(), *network.named_buffers()):
+            where, device = first = first or (f"networks[{task!r}] has {path}", tensor.device)
+            if tensor.device != device and tensor.dim():  # a number may lie anywhere
+                raise ValueError(
+                    f"networks must be on one device, got {where} on {device} and {path} of networks[{task!r}] on "
+                    f"{tensor.device}; move them to one with .to({str(device)!r})"
+                )
 
 
 def check_slots(slots: str, share: Any) -> None:

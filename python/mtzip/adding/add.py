@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, check_devices
 from ..distributed import Ranks, agree_, check_same, together
 from ..inputs import calibration_batches, device_of
 from ..merging.execute import Execution
@@ -107,6 +107,7 @@ def _check_arguments(zipped, task, network, inputs, share, samples) -> None:
     if isinstance(share, (Budget, Plan)):
         raise TypeError(f"share must be a fraction or a mapping, got a {type(share).__name__}; budgets are for zipping")
     check_arguments({task: network}, {task: inputs}, share, "refit", "optimal", None, 0, samples)
+    check_devices({**zipped.networks, task: network})
     if task in zipped:
         raise ValueError(f"task must be none of {list(zipped.tasks)}, got {task!r}; give the new one another name")
     if any(network is known for known in (*zipped.networks.values(), *(zipped.originals or {}).values())):

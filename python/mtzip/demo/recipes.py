@@ -31,7 +31,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtzip"
 
 
-def trained(make: Callable[[int], nn.Module], task: Task, seed: int, recipe: Recipe | None = None) -> nn.Module:
+def trained(
+    make: Callable[[int], nn.Module],
+    task: Task,
+    seed: int,
+    recipe: Recipe | None = None,
+    train: Callable[[nn.Module, Task, Recipe, int], nn.Module] = train,
+) -> nn.Module:
     """A network trained on ``task``, in eval mode, from the cache if it was trained before in the same way.
 
     Args:
@@ -39,6 +45,7 @@ def trained(make: Callable[[int], nn.Module], task: Task, seed: int, recipe: Rec
         task: what to train on.
         seed: of the initial weights and of the order of the images.
         recipe: how to train; ``RECIPES[make]`` if None.
+        train: what trains by the recipe.
     """
     recipe = recipe or RECIPES[make]
     # fork_rng, because layers draw their initial weights from the global generator.
