@@ -41,8 +41,11 @@ def run(options: argparse.Namespace) -> list[timer.Row]:
         def calls() -> None:
             for _ in range(CALLS):
                 way()
+            if timer.on_gpu(options):
+                torch.cuda.synchronize()
 
         return calls
 
-    rows = timer.rows_of(NAME, f"{CALLS} calls", {n: many(w) for n, w in ways.items()}, timer.Work(), options)
+    calls = {name: many(way) for name, way in ways.items()}
+    rows = timer.rows_of(NAME, f"{CALLS} calls", calls, timer.Work(), options, host=True)
     return timer.report(rows, options)

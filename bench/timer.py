@@ -2,7 +2,9 @@
 
 Ways to do the same thing are timed in blocks of their own, several rounds of blocks each, so that neither two thread
 pools nor a noisy minute favours one; the median of all runs counts. On a GPU by events, with the second-level cache
-overwritten before each run. Ceilings (copy bandwidth, float32 product) are measured in the same process.
+overwritten before each run and the launches queued ahead: what the GPU takes, whatever the host does meanwhile
+(``bench overhead`` has what a call costs the host). Ceilings (copy bandwidth, float32 product) are measured in the same
+process.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ import torch
 ROUNDS = 3
 MOST_RUNS = 100  # of a way in a round
 FLUSHED = 256 << 20  # bytes written before a run on a GPU: more than any second-level cache
+AHEAD = (
+    2_000_000  # cycles, about a millisecond, that the GPU waits before a run, so that all launches are queued by then
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def _block_cuda(way: Callable[[], object], budget: float) -> list[float]:
     while not runs or (time.perf_counter() < end and len(runs) < MOST_RUNS):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
+        torch.cuda._sleep(AHEAD)
         start.record()
         way()
         stop.record()
@@ -162,9 +168,11 @@ def rows_of(
     options: argparse.Namespace,
     errors: Mapping[str, float] | None = None,
     targets: Mapping[str, str] | None = None,
+    host: bool = False,
 ) -> list[Row]:
-    """Time the ways of a case; the first one is mtz_ext's. `targets` says what is asked of a way."""
-    times = measure(ways, options.device, 0.3 if options.quick else 1.0)
+    """Time the ways of a case; the first one is mtz_ext's. `targets` says what is asked of a way; with `host` the
+    processor's time counts, whatever the device does."""
+    times = measure(ways, "cpu" if host else options.device, 0.3 if options.quick else 1.0)
     top = ceiling(options.device)
     ours = times[next(iter(ways))].median
     rows = []

@@ -43,6 +43,7 @@ class Clock:
 def options(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a clock")
     monkeypatch.setattr(timer, "MOST_RUNS", 1)
     monkeypatch.setattr(timer, "FLUSHED", 1 << 10)

@@ -97,6 +97,34 @@ def test_optimal_equals_scipy(n, m, dtype):
         assert total(distances, pairs) == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    n=st.integers(1, 90),
+    m=st.integers(1, 90),
+    values=st.integers(1, 40),
+    large=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_all_pairs_equal_scipy_where_costs_are_equal(n, m, values, large, seed):
+    """Whole numbers are added up without rounding, so the totals are the same; few of them make many ties."""
+    distances = torch.randint(values, (n, m), generator=cases.generator(seed)).double()
+    distances = distances + 2.0**40 * (torch.arange(n)[:, None] % 3) if large else distances.float()
+    pairs = mtz_ext.match_neurons(distances)
+    assert_valid(distances, pairs, min(n, m))
+    assert total(distances, pairs) == distances.numpy()[linear_sum_assignment(distances.numpy())].sum(dtype=np.float64)
+    turned = mtz_ext.match_neurons(distances.mT)
+    assert total(distances.mT, turned) == total(distances, pairs)
+
+
+def test_all_pairs_of_neurons_that_resemble_each_other():
+    """Distances of nearly equal rows: bids are long here, and shortest paths finish what they leave."""
+    a = cases.randn(300, 8)
+    distances = mtz_ext.neuron_distances(a, a[torch.randperm(300, generator=cases.generator(3))] + 1e-3)
+    pairs = mtz_ext.match_neurons(distances)
+    rows, columns = linear_sum_assignment(distances.numpy())
+    assert total(distances, pairs) == pytest.approx(distances.double().numpy()[rows, columns].sum(), rel=1e-9)
+
+
 def test_optimal_is_not_the_cheapest_of_a_full_assignment():
     distances = torch.tensor([[1.0, 2.0], [1.5, 9.0]])
     assert mtz_ext.match_neurons(distances, 1).tolist() == [[0, 0]]
@@ -130,6 +158,9 @@ def test_strides_and_threads(same_on_any_threads):
     same_on_any_threads(lambda: mtz_ext.match_neurons(large, None, "greedy"))
     same_on_any_threads(lambda: mtz_ext.match_neurons(large.abs().cumsum(0).cumsum(1), None, "greedy"))
     same_on_any_threads(lambda: mtz_ext.match_neurons(wide, 33, "optimal"))
+    same_on_any_threads(lambda: mtz_ext.match_neurons(wide, None, "optimal"))
+    for any_way in (view, view.mT, wide.mT):
+        assert torch.equal(mtz_ext.match_neurons(any_way), mtz_ext.match_neurons(any_way.contiguous()))
 
 
 @pytest.mark.parametrize("method", ["greedy", "optimal"])

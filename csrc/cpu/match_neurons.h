@@ -1,4 +1,4 @@
-// The two ways of mtz/match_neurons.h, for one matrix.
+// The ways of mtz/match_neurons.h, for one matrix.
 #pragma once
 
 #include "mtz/match_neurons.h"
@@ -22,5 +22,10 @@ void match_greedily(Costs<T> costs, void* workspace, int threads, std::int64_t* 
 std::size_t optimal_workspace(std::int64_t n, std::int64_t m);
 template <class T>
 void match_optimally(Costs<T> costs, std::int64_t count, void* workspace, std::int64_t* pairs);
+
+// The same for count = n <= m, faster: cpu/isa/match_neurons_full.cpp.
+std::size_t full_workspace(std::int64_t n, std::int64_t m);
+template <class T>
+void match_fully(Costs<T> costs, void* workspace, std::int64_t* pairs);
 
 }  // namespace mtz::cpu

@@ -43,6 +43,9 @@ struct ShiftPlans {
     std::size_t optimal_workspace(std::int64_t n, std::int64_t m);                                        \
     void match_optimally(Costs<float>, std::int64_t count, void*, std::int64_t* pairs);                   \
     void match_optimally(Costs<double>, std::int64_t count, void*, std::int64_t* pairs);                  \
+    std::size_t full_workspace(std::int64_t n, std::int64_t m);                                           \
+    void match_fully(Costs<float>, void*, std::int64_t* pairs);                                           \
+    void match_fully(Costs<double>, void*, std::int64_t* pairs);                                          \
     }
 
 MTZ_DECLARE(generic)
