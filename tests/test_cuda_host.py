@@ -66,8 +66,10 @@ def test_distances_of_awkward_sizes(session, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])
 def test_distances_of_batches_and_slices(session, dtype, out, schedule):
-    """d = 1200 is shared out among slices; 132 and 130 need two tiles each way in float32; 24 is 6 words a row."""
-    for batch, n, m, d in [(0, 3, 3, 3), (3, 19, 7, 24), (2, 3, 5, 1200), (1, 132, 130, 33)]:
+    """Tiles are large from 6 of them on, of 256 columns each: (7, 5, 3, 24) and the last two; 1200 and 1600 are shared
+    out among slices; 132 and 130 need two large tiles each way in float32; 24 is 6 words a row."""
+    shapes = [(0, 3, 3, 3), (3, 19, 7, 24), (7, 5, 3, 24), (2, 3, 5, 1200), (1, 132, 130, 33), (1, 3, 5, 1600)]
+    for batch, n, m, d in [*shapes, (2, 132, 130, 33)]:
         a, b = normal(batch, n, d, seed=1, dtype=dtype), normal(batch, m, d, seed=2, dtype=dtype)
         got = host.neuron_distances(session, a, b, out, schedule)
         assert_within(got, distances(a, b), BOUND[out or dtype], what=(batch, n, m, d))

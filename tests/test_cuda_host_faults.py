@@ -35,8 +35,9 @@ def probe_distances(session, schedule):
     for d in (36, 37):
         a, b = normal(1, 19, d, dtype="float64"), normal(1, 7, d, seed=1, dtype="float64")
         assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
-    a, b = normal(1, 2, 1200), normal(1, 3, 1200, seed=1)
-    assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
+    for d in (1200, 1600):  # slices of small tiles, and of large ones
+        a, b = normal(1, 2, d), normal(1, 3, d, seed=1)
+        assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
 
 
 def probe_inverses(session, schedule):

@@ -38,8 +38,8 @@ class Augmented(Recipe):
 
 
 RECIPES = {
-    "cifar10": Augmented(epochs=24, rate=0.2, batch=256, flip=True),
-    "gtsrb": Augmented(epochs=40, rate=0.1, batch=128),
+    "cifar10": Augmented(epochs=24, rate=0.3, batch=512, flip=True),
+    "gtsrb": Augmented(epochs=30, rate=0.1, batch=128),
 }
 QUICK = {name: Augmented(1, recipe.rate / 4, batch=recipe.batch, flip=recipe.flip) for name, recipe in RECIPES.items()}
 
@@ -56,7 +56,9 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     recipe = {"calibration": 1000 if quick else 4000, "shift": 3, "flips": ("cifar10",), **GENTLE}
     for share in (1.0, 0.9):
         steps = 10 if quick else STEPS
-        yield Case("VGG-16, CIFAR-10 + GTSRB", networks, tasks, PAPER, methods, share, steps, **recipe)
+        yield Case(
+            f"VGG-16, CIFAR-10 + GTSRB, {share:.0%} shared", networks, tasks, PAPER, methods, share, steps, **recipe
+        )
 
 
 def train_augmented(network: nn.Module, task: Task, recipe: Augmented, seed: int) -> nn.Module:

@@ -9,29 +9,43 @@
 // the result, by the thread they belong to.
 //
 // With few tiles for a whole GPU the columns are shared out as well; slices go to the workspace, and are added up in
-// order. How many depends on the shape alone.
+// order. Where a tile would get few columns then, tiles are of half the side, which take twice the loads but a quarter of
+// the slices. How many depends on the shape alone.
 #include "cuda/rows.cuh"
 #include "mtz/neuron_distances.h"
 
 namespace mtz::cuda {
 namespace {
 
-constexpr int kRun = 128;
-constexpr Index kEnoughBlocks = 512, kLeastColumns = 256;
+constexpr int kRun = 128, kPiece = 16;
+// Blocks that fill a large GPU: two for each of its processors.
+#ifndef MTZ_ENOUGH_BLOCKS
+#define MTZ_ENOUGH_BLOCKS 264
+#endif
+constexpr Index kEnoughBlocks = MTZ_ENOUGH_BLOCKS;
+constexpr Index kLeastColumns = 64, kManyColumns = 256;  // of a slice; and worth a large tile
 
 struct Plan {
     Index down, across, slices, columns;  // tiles of a matrix; slices of `columns` columns
 
-    Plan(const NeuronDistancesArgs& g, Index side) {
+    Plan(const NeuronDistancesArgs& g, int side) {
         down = ceil_div(g.n, side);
         across = ceil_div(g.m, side);
-        const Index tiles = g.batch * down * across;
-        const Index wanted = tiles == 0 ? 1 : ceil_div(kEnoughBlocks, tiles);
-        const Index most = larger(1, g.d / kLeastColumns);
-        columns = larger(kRun, ceil_div(ceil_div(g.d, smaller(wanted, most)), kRun) * kRun);
+        const Index wanted = kEnoughBlocks / larger(1, g.batch * down * across);
+        const Index shared_out = larger(1, smaller(wanted, g.d / kLeastColumns));
+        columns = larger(1, ceil_div(ceil_div(g.d, shared_out), kPiece)) * kPiece;
         slices = larger(1, ceil_div(g.d, columns));
     }
 };
+
+// Rows of a tile that a thread has: 8, but 4 in float64, and where 8 would leave processors idle. (Pieces of half precision
+// are too few words for all threads of a small tile.)
+int rows_a_thread(const NeuronDistancesArgs& g) {
+    if (g.out_scalar == Scalar::float64) return 4;
+    const Index tiles = g.batch * ceil_div(g.n, 128) * ceil_div(g.m, 128);
+    const bool half = g.in == Scalar::float16 || g.in == Scalar::bfloat16;
+    return half || tiles * larger(1, g.d / kManyColumns) >= kEnoughBlocks ? 8 : 4;
+}
 
 // to [slices, batch, n, m]: half of the sum of squared differences over the columns of each slice.
 template <template <class> class Source, class In, class S, class T, class Out, int R, int Depth>
@@ -84,6 +98,7 @@ __global__ void add_slices_kernel(const Out* from, Index slices, Index count, Ou
 
 template <class In, class S, class T, class Out, int R, int Depth>
 Status run(const NeuronDistancesArgs& g, void* workspace, void* stream) {
+    static_assert(kPiece % Depth == 0, "a slice is whole pieces");
     const Plan plan(g, 16 * R);
     const Index count = g.batch * g.n * g.m;
     Out* out = static_cast<Out*>(g.out);
@@ -109,7 +124,7 @@ Status run(const NeuronDistancesArgs& g, void* workspace, void* stream) {
 }  // namespace
 
 std::size_t neuron_distances_workspace(const NeuronDistancesArgs& g) {
-    const Plan plan(g, g.out_scalar == Scalar::float64 ? 64 : 128);
+    const Plan plan(g, 16 * rows_a_thread(g));
     return plan.slices > 1 ? std::size_t(plan.slices * g.batch * g.n * g.m) * scalar_size(g.out_scalar) : 0;
 }
 
@@ -117,12 +132,15 @@ Status neuron_distances(const NeuronDistancesArgs& g, void* workspace, void* str
     const bool to_float = g.out_scalar == Scalar::float32;
     if (!to_float && (g.in != Scalar::float64 || g.out_scalar != Scalar::float64)) return {Code::unsupported};
     if (g.batch * g.n * g.m == 0) return {};
+    const bool few = rows_a_thread(g) == 4;
     switch (g.in) {
         case Scalar::float32:
-            return run<float, float, float, float, 8, 16>(g, workspace, stream);
+            return few ? run<float, float, float, float, 4, 16>(g, workspace, stream)
+                       : run<float, float, float, float, 8, 16>(g, workspace, stream);
         case Scalar::float64:
-            return to_float ? run<double, Split, float, float, 8, 8>(g, workspace, stream)
-                            : run<double, double, double, double, 4, 16>(g, workspace, stream);
+            return !to_float ? run<double, double, double, double, 4, 16>(g, workspace, stream)
+                   : few     ? run<double, Split, float, float, 4, 8>(g, workspace, stream)
+                             : run<double, Split, float, float, 8, 8>(g, workspace, stream);
         case Scalar::float16:
             return run<Half, float, float, float, 8, 16>(g, workspace, stream);
         case Scalar::bfloat16:
