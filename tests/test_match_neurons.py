@@ -81,6 +81,17 @@ def test_optimal_equals_every_choice(n, m, device):
             assert torch.equal(got.cpu(), reference.match_neurons(distances, count))
 
 
+def exactly(distances: np.ndarray, count: int) -> float:
+    """The least total of `count` pairs: a linear assignment on the square with free rows and columns."""
+    n, m = distances.shape
+    square = np.zeros((n + m - count, n + m - count))
+    square[:n, :m] = distances - distances.min()
+    square[n:, m:] = 1e9
+    rows, columns = linear_sum_assignment(square)
+    chosen = (rows < n) & (columns < m)
+    return distances[rows[chosen], columns[chosen]].astype(np.float64).sum()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n, m", [(19, 99), (99, 19), (111, 111), (200, 150)])
 def test_optimal_equals_scipy(n, m, dtype):
@@ -89,12 +100,7 @@ def test_optimal_equals_scipy(n, m, dtype):
     for count in (1, min(n, m) // 3, min(n, m) - 1, min(n, m)):
         pairs = mtz_ext.match_neurons(distances, count)
         assert_valid(distances, pairs, count)
-        square = np.zeros((n + m - count, n + m - count))
-        square[:n, :m] = distances.numpy() - distances.min().item()
-        square[n:, m:] = 1e6
-        rows, columns = linear_sum_assignment(square)
-        best = sum(distances[i, j].item() for i, j in zip(rows, columns, strict=True) if i < n and j < m)
-        assert total(distances, pairs) == pytest.approx(best, rel=1e-9, abs=1e-9)
+        assert total(distances, pairs) == pytest.approx(exactly(distances.numpy(), count), rel=1e-9, abs=1e-9)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -114,6 +120,29 @@ def test_all_pairs_equal_scipy_where_costs_are_equal(n, m, values, large, seed):
     assert total(distances, pairs) == distances.numpy()[linear_sum_assignment(distances.numpy())].sum(dtype=np.float64)
     turned = mtz_ext.match_neurons(distances.mT)
     assert total(distances.mT, turned) == total(distances, pairs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: cases.randn(n, n),
+        lambda n: torch.randint(4, (n, n), generator=cases.generator(1)).float(),  # many ties
+        lambda n: torch.zeros(n, n),
+        lambda n: mtz_ext.neuron_distances(cases.randn(n, 6), cases.randn(n, 6, seed=1)),
+        # every row likes the same columns: energy of a row + energy of a column - what they have in common
+        lambda n: cases.randn(n, 1).square() + cases.randn(1, n, seed=1).square() + 0.1 * cases.randn(n, n, seed=2),
+        lambda n: torch.arange(n).float()[:, None] * torch.arange(n).float(),
+    ],
+    ids=["normal", "few values", "equal", "rows", "hubs", "products"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_part_of_a_large_square_equals_scipy(make, dtype):
+    """From 128 rows on the cheapest pairs of about the number are found by an auction with a cap."""
+    distances = make(150).to(dtype)
+    for count in (1, 37, 75, 135, 149):
+        pairs = mtz_ext.match_neurons(distances, count)
+        assert_valid(distances, pairs, count)
+        assert total(distances, pairs) == pytest.approx(exactly(distances.numpy(), count), rel=1e-7, abs=1e-7)
 
 
 def test_all_pairs_of_neurons_that_resemble_each_other():

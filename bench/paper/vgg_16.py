@@ -8,6 +8,7 @@ from .. import data
 from ..networks import pretrained
 from .case import Case
 from .methods import ABLATIONS, BASELINES
+from .resnets import GENTLE
 
 PAPER = "+3.18 (ImageNet, CelebA, full width)"
 STEPS = 400  # of batch 128 a task
@@ -27,6 +28,7 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
         "calibration": 1000 if quick else 4000,
         "shift": 3,
         "flips": ("cifar10",),
+        **GENTLE,
     }
     for share in (1.0,) if quick or ablations else (1.0, 0.9):
         yield Case("quarter VGG-16, CIFAR-10 + GTSRB", networks, tasks, PAPER, methods, share, **recipe)

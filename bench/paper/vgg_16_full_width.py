@@ -18,10 +18,10 @@ from .. import data
 from ..networks import Vgg16
 from .case import Batches, Case
 from .methods import BASELINES
+from .resnets import GENTLE
 
 PAPER = "+3.18 (ImageNet, CelebA, full width)"
 STEPS = 400  # of batch 128 a task
-GENTLE = {"labels": False, "recipe": {"lr": 1e-3, "batchnorm": "train"}}  # as for the ResNets
 
 
 @dataclass(frozen=True)

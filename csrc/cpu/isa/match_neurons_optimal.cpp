@@ -5,31 +5,36 @@
 // keep reduced costs c_ij + p(i) - p(j) >= 0 and zero on matched pairs, so Dijkstra's algorithm finds the path (Edmonds
 // and Karp 1972; Tomizawa 1971). Free rows keep the potential of the source, so a path starts at the cheapest free row of
 // each column, which is kept up to date, and only matched rows on the way are scanned.
-#include "cpu/isa/kernels.h"
-#include "cpu/isa/simd.h"
+//
+// Where there are as many columns as rows, the flow does not start from nothing: an assignment with a cap (assignment.h)
+// gives the cheapest pairs of some number, and with them the potentials. The cap is searched for until that number is
+// count or little less; few augmentations are left then. Prices only rise with the cap, so each search starts from those of
+// the largest cap that was too small.
+#include "cpu/isa/assignment.h"
 
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-constexpr double kInfinite = __builtin_inf();
+constexpr Index kWorthAnAuction = 128;  // rows
+constexpr int kTries = 16;              // caps
 
 template <class T>
 struct Flow {
     Costs<T> costs;
-    double* row_potential;     // [n], source at 0
-    double* column_potential;  // [m]
-    double sink_potential;
-    Index* column_of;   // [n], -1 if free
-    Index* row_of;      // [m], -1 if free
-    double* free_cost;  // [m], cost of the cheapest free row
-    Index* free_row;    // [m], which that is
+    double* row_potential = nullptr;     // [n], source at 0
+    double* column_potential = nullptr;  // [m]
+    double sink_potential = 0;
+    Index* column_of = nullptr;   // [n], -1 if free
+    Index* row_of = nullptr;      // [m], -1 if free
+    double* free_cost = nullptr;  // [m], cost of the cheapest free row
+    Index* free_row = nullptr;    // [m], which that is
     // of one search, [m]:
-    double* distance;
-    Index* from;      // row the path comes from
-    double* to_sink;  // free columns: reduced cost of the step to the sink; else infinite
-    double* closed;   // 0 for matched columns that may be scanned next; infinite for the others
-    Index* seen;      // columns scanned
-    double* settled;  // their distances; `distance` is -Inf meanwhile, so that rounding cannot improve on it
+    double* distance = nullptr;
+    Index* from = nullptr;      // row the path comes from
+    double* to_sink = nullptr;  // free columns: reduced cost of the step to the sink; else infinite
+    double* closed = nullptr;   // 0 for matched columns that may be scanned next; infinite for the others
+    Index* seen = nullptr;      // columns scanned
+    double* settled = nullptr;  // their distances; `distance` is -Inf meanwhile, so that rounding cannot improve on it
 
     void find_free_row(Index j) {
         double best = kInfinite;
@@ -41,22 +46,54 @@ struct Flow {
         free_cost[j] = best;
     }
 
-    void start() {
-        for (Index i = 0; i < costs.n; ++i) {
-            row_potential[i] = 0;
-            column_of[i] = -1;
-        }
+    void find_free_rows() {
         for (Index j = 0; j < costs.m; ++j) {
-            row_of[j] = -1;
             free_row[j] = 0;
             free_cost[j] = kInfinite;
         }
-        for (Index i = 0; i < costs.n; ++i)
+        for (Index i = 0; i < costs.n; ++i) {
+            if (column_of[i] >= 0) continue;
             for (Index j = 0; j < costs.m; ++j) {
                 const bool less = double(costs.at(i, j)) < free_cost[j];
                 free_cost[j] = less ? double(costs.at(i, j)) : free_cost[j];
                 free_row[j] = less ? i : free_row[j];
             }
+        }
+    }
+
+    // From pairs that are the cheapest of their number, and not all: those of `found` below its cap. Rows and columns that
+    // have none then pay the cap together, and as each of them could take any other of them, all have the same potential.
+    void start_from(const Assignment<T>& found) {
+        double free_potential = -kInfinite;
+        for (Index j = 0; j < costs.m; ++j)
+            free_potential = found.potential[j] > free_potential ? found.potential[j] : free_potential;
+        const double offset = found.cap - free_potential;
+        for (Index j = 0; j < costs.m; ++j) {
+            row_of[j] = -1;
+            column_potential[j] = found.cap;
+        }
+        for (Index i = 0; i < costs.n; ++i) {
+            const Index j = found.column_of[i];
+            const double c = double(costs.at(i, j));
+            column_of[i] = -1;
+            row_potential[i] = 0;
+            if (!(c < found.cap)) continue;
+            column_of[i] = j;
+            row_of[j] = i;
+            column_potential[j] = offset + found.potential[j];
+            row_potential[i] = column_potential[j] - c;
+        }
+        sink_potential = found.cap;
+        find_free_rows();
+    }
+
+    void start() {
+        for (Index i = 0; i < costs.n; ++i) {
+            row_potential[i] = 0;
+            column_of[i] = -1;
+        }
+        for (Index j = 0; j < costs.m; ++j) row_of[j] = -1;
+        find_free_rows();
         sink_potential = kInfinite;
         for (Index j = 0; j < costs.m; ++j) {
             column_potential[j] = free_cost[j];
@@ -142,25 +179,91 @@ struct Flow {
     }
 };
 
-inline std::size_t line(Index size) {
-    return std::size_t(size + 7) / 8 * 64;
+template <class T>
+Flow<T> make_flow(Costs<T> costs, Arrays& space) {
+    const Index n = costs.n, m = costs.m;
+    Flow<T> made{costs};
+    made.row_potential = space.reals(n);
+    made.column_potential = space.reals(m);
+    made.column_of = space.indices(n);
+    made.row_of = space.indices(m);
+    made.free_cost = space.reals(m);
+    made.free_row = space.indices(m);
+    made.distance = space.reals(m);
+    made.from = space.indices(m);
+    made.to_sink = space.reals(m);
+    made.closed = space.reals(m);
+    made.seen = space.indices(m);
+    made.settled = space.reals(m);
+    return made;
 }
 
 template <class T>
-void match(Costs<T> costs, Index count, char* at, Index* pairs) {
-    if (count == 0) return;
-    const auto reals = [&at](Index size) {
-        double* here = reinterpret_cast<double*>(at);
-        at += line(size);
-        return here;
-    };
-    const auto indices = [&reals](Index size) { return reinterpret_cast<Index*>(reals(size)); };
-    const Index n = costs.n, m = costs.m;
-    Flow<T> flow{costs,      reals(n), reals(m),   0,        indices(n), indices(m), reals(m),
-                 indices(m), reals(m), indices(m), reals(m), reals(m),   indices(m), reals(m)};
+Index below_cap(const Assignment<T>& found) {
+    Index pairs = 0;
+    for (Index i = 0; i < found.costs.n; ++i) pairs += double(found.row(i)[found.column_of[i]]) < found.cap;
+    return pairs;
+}
+
+// Starts `flow` from the cheapest pairs of a number that is `count` or less by few; returns that number.
+template <class T>
+Index start_near(Flow<T>& flow, Assignment<T>& found, double* prices, Index count) {
+    const Index n = flow.costs.n, few = 4 + n / 64;
+    double low = kInfinite, cap = -kInfinite;  // the least cost; and so that every row has a cost below the cap
+    for (Index i = 0; i < n; ++i) {
+        double least = kInfinite;
+        for (Index j = 0; j < n; ++j) least = double(found.row(i)[j]) < least ? double(found.row(i)[j]) : least;
+        low = least < low ? least : low;
+        cap = least > cap ? least : cap;
+    }
+    found.no_prices();
+    for (Index j = 0; j < n; ++j) prices[j] = 0;
+    double below = low, above = kInfinite;
+    Index at_below = 0, at_above = n, started = -1;
+    for (int tries = 0; tries < kTries && low < cap && cap < above; ++tries) {
+        found.cap = cap;
+        found.run();
+        const Index pairs = below_cap(found);
+        if (pairs <= count && pairs > started) {
+            flow.start_from(found);
+            started = pairs;
+        }
+        if (pairs <= count && pairs >= count - few) break;
+        if (pairs <= count) {
+            below = cap;
+            at_below = pairs;
+            for (Index j = 0; j < n; ++j) prices[j] = found.potential[j];
+        } else {
+            above = cap;
+            at_above = pairs;
+            for (Index j = 0; j < n; ++j) found.potential[j] = prices[j];
+        }
+        if (above < kInfinite) {
+            const double part = (double(count) - 0.5 * double(few) - double(at_below)) / double(at_above - at_below);
+            cap = below + (part < 0.1 ? 0.1 : part > 0.9 ? 0.9 : part) * (above - below);
+        } else {
+            cap = low + 2 * (cap - low);
+        }
+    }
+    if (started >= 0) return started;
     flow.start();
-    for (Index k = 0; k < count; ++k) flow.augment();
-    for (Index i = 0; i < n; ++i)
+    return 0;
+}
+
+template <class T>
+void match(Costs<T> costs, Index count, void* work, Index* pairs) {
+    if (count == 0) return;
+    Arrays space(static_cast<char*>(work));
+    Flow<T> flow = make_flow(costs, space);
+    Index there = 0;
+    if (costs.n == costs.m && costs.n >= kWorthAnAuction) {
+        Assignment<T> found = make_assignment(costs, space);
+        there = start_near(flow, found, space.reals(costs.m), count);
+    } else {
+        flow.start();
+    }
+    for (; there < count; ++there) flow.augment();
+    for (Index i = 0; i < costs.n; ++i)
         if (flow.column_of[i] >= 0) {
             *pairs++ = i;
             *pairs++ = flow.column_of[i];
@@ -170,15 +273,20 @@ void match(Costs<T> costs, Index count, char* at, Index* pairs) {
 }  // namespace
 
 std::size_t optimal_workspace(Index n, Index m) {
-    return 2 * line(n) + 10 * line(m);
+    Arrays space(nullptr);
+    const Costs<double> costs{nullptr, n, m, m};
+    make_flow(costs, space);
+    make_assignment(costs, space);
+    space.reals(m);  // prices
+    return space.used();
 }
 
 void match_optimally(Costs<float> costs, Index count, void* work, Index* pairs) {
-    match(costs, count, static_cast<char*>(work), pairs);
+    match(costs, count, work, pairs);
 }
 
 void match_optimally(Costs<double> costs, Index count, void* work, Index* pairs) {
-    match(costs, count, static_cast<char*>(work), pairs);
+    match(costs, count, work, pairs);
 }
 
 }  // namespace mtz::cpu::MTZ_ISA
