@@ -80,19 +80,30 @@ struct Pivots {
         bytes.add(sizeof(double), 2 * K).add(sizeof(double), 2);
         for (int i = 0; i < 3; ++i) bytes.add(sizeof(double), K);
     }
-    // Publishes for step j.
-    __device__ __forceinline__ void publish(const double (&s)[R][R], int a, int b, int i, int k, int j) const {
+    // Publishes for step j, which is in block m of rows and columns.
+    __device__ __forceinline__ void publish(const double (&s)[R][R], int m, int x, int y, int j) const {
         double* next = row + j % 2 * K;
-        if (k == j && i >= j) next[i] = s[a][b];
-        if (i == j && k < j) next[k] = s[a][b];
-        if (i == j + 1 && k == j + 1) ahead[j % 2] = s[a][b];
+        const int at = j - 16 * m;
+        if (x == at) {
+#pragma unroll
+            for (int a = m; a < R; ++a)
+                if (a > m || y >= at) next[y + 16 * a] = s[a][m];
+        }
+        if (y == at) {
+#pragma unroll
+            for (int b = 0; b <= m; ++b)
+                if (b < m || x < at) next[x + 16 * b] = s[m][b];
+        }
+        if (x == y && x == (at + 1) % 16) {
+            if (at < 15)
+                ahead[j % 2] = s[m][m];
+            else if (m + 1 < R)
+                ahead[j % 2] = s[m + 1 < R ? m + 1 : m][m + 1 < R ? m + 1 : m];
+        }
     }
     __device__ __forceinline__ int eliminate(double (&s)[R][R], double doubt) const {
         const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-#pragma unroll
-        for (int a = 0; a < R; ++a)
-#pragma unroll
-            for (int b = 0; b <= a; ++b) publish(s, a, b, y + 16 * a, x + 16 * b, 0);
+        publish(s, 0, x, y, 0);
         sync_block();  // the first column is there
         double pivot = row[0];
         int status = judge_pivot(sign[0], size[0], doubt, pivot);
@@ -106,7 +117,7 @@ struct Pivots {
                 if (threadIdx.x == 0) inverses[j] = inverse < 0 ? -inverse : inverse;
                 double scaled[R], other[R];
 #pragma unroll
-                for (int a = m; a < R; ++a) scaled[a] = y + 16 * a > j ? now[y + 16 * a] * inverse : 0;
+                for (int a = m; a < R; ++a) scaled[a] = a > m || y + 16 * a > j ? now[y + 16 * a] * -inverse : 0;
 #pragma unroll
                 for (int b = 0; b < R; ++b) other[b] = now[x + 16 * b];
                 if (j + 1 < K) {
@@ -118,10 +129,14 @@ struct Pivots {
                 for (int a = m; a < R; ++a)
 #pragma unroll
                     for (int b = 0; b <= a; ++b) {
-                        const int i = y + 16 * a, k = x + 16 * b;
-                        s[a][b] = k == j ? (i > j ? -scaled[a] : s[a][b]) : multiply_add(-scaled[a], other[b], s[a][b]);
-                        publish(s, a, b, i, k, j + 1);
+                        s[a][b] = multiply_add(scaled[a], other[b], s[a][b]);
+                        // of L^-1 there is nothing yet in column j
+                        if (b == m && x + 16 * b == j && (a > m || y + 16 * a > j)) s[a][b] = scaled[a];
                     }
+                if (j < 16 * m + 15)
+                    publish(s, m, x, y, j + 1);
+                else if (m + 1 < R)
+                    publish(s, m + 1 < R ? m + 1 : m, x, y, j + 1);
             }
         return status;
     }
