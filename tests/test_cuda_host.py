@@ -170,6 +170,40 @@ def test_inverses_of_batches_and_weights(sized_session, schedule):
     assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_inverses_of_several_tiles_and_panels(driver, dtype):
+    """Panels are of 64 vectors, rounds of 4 panels; tiles of 128 rows or 64. Rows of 261 and 131 are not whole words."""
+    session = host.Session(driver, LARGE)
+    rng = np.random.default_rng(0)
+    for number, (batch, d, k) in enumerate([(1, 261, 64), (1, 392, 5), (2, 131, 65), (2, 132, 150), (1, 200, 190)]):
+        weight = rng.uniform(0.1, 2, (batch, k))
+        check_update(session, batch, d, k, dtype, SCHEDULES[number % 4], weight)
+    for d, k in ((130, 120), (140, 280)):  # vectors put in are taken out in part, in a later panel or round
+        inverse, vectors = damped_inverse(2, d, dtype=dtype), 0.1 * normal(2, k, d, seed=1, dtype=dtype)
+        weight = np.where(np.arange(k) % 2, 1.0, -0.5)[None].repeat(2, 0)
+        vectors[:, ::2] = vectors[:, 1::2]
+        got, status = host.sherman_morrison(session, inverse, vectors, weight, SCHEDULES[k % 3])
+        expected = afresh(inverse, vectors, weight)
+        assert not status.any()
+        bound = 2e-5 if dtype == "float32" else 1e-13
+        assert_within(got, expected, bound, np.abs(expected).max((1, 2), keepdims=True), k)
+    session.close()
+
+
+@pytest.mark.parametrize("d, k, failing", [(128, 110, 40), (195, 190, 189), (131, 200, 3), (259, 270, 269)])
+def test_a_later_panel_or_round_fails(driver, d, k, failing):
+    """The vector that fails has a negative weight: it is taken last, in a later panel or round than the others."""
+    session = host.Session(driver, LARGE)
+    inverse, vectors, weight = damped_inverse(2, d), normal(2, k, d, seed=1), np.ones((2, k))
+    expected = afresh(inverse, vectors, weight)
+    weight[1, failing] = -100
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, SCHEDULES[d % 4])
+    assert status.tolist() == [0, 1]
+    assert np.array_equal(got[1], inverse[1]), "left as it was, bit for bit"
+    assert_within(got[0], expected[0], 5e-5, np.abs(expected[0]).max())  # the matrix has shrunk
+    session.close()
+
+
 def test_inverses_of_views(sized_session):
     buffer = np.full((2, 45, 60), 7, np.float32)
     view = buffer[:, 2:42, 3:43]

@@ -78,6 +78,11 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Brings the 128 bytes around `global` nearer: no more than a hint.
+__device__ __forceinline__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 __device__ __forceinline__ void sync_block() {
     __syncthreads();
 }

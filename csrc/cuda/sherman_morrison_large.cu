@@ -1,76 +1,21 @@
-// Large inverses, all of a batch at once, in place: for a block of K vectors V = Y A^-1 (tiles of K x 128, the inner dimension
-// in slices), S = D + V Y^T and its pivots (one block of threads a matrix), L^-1 V, and A^-1 -= V^T D V (tiles of the upper
-// triangle, mirrored through shared memory). See cuda/sherman_morrison.cuh for the formula.
+// Large inverses, all of a batch at once, in place. For a round of vectors V = Y A^-1 (tiles of K x 128, the inner dimension
+// in slices); then for each panel of it S = D + V Y^T and its pivots, V <- L^-1 V, and what that takes out of V in later
+// panels; and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their mirror images). See
+// cuda/sherman_morrison.cuh for the formula.
 //
-// Of 3 K d^2 operations, two thirds are V and one third the update, both on the whole grid: V takes 12 loads of shared
-// memory for 128 multiply-adds a thread, the update 8 for 64. Beside the matrix, which is read twice and written once a
-// block of vectors, slices of V are written and read, 2 K d elements each. What is left is K^2 d operations for S and as
-// many for L^-1 V, and K^3 / 6 for the pivots, which are one after another: K barriers in one block of threads, with S in
-// registers. So it takes d of some thousands for products to be most of the time.
+// Of 3 k d^2 operations, two thirds are V and one third the update, both on the whole grid. Beside the matrix, which is read
+// one and a half times and written once a round, slices of V are written and read, and V a few times more. What is left is
+// 2 k^2 d operations for S and L^-1 V in a round of k vectors, and k K^2 / 3 for the pivots, which are one after another: a
+// barrier each in one block of threads. So it takes d of some thousands for products to be most of the time.
 //
-// Whether a block of vectors may be put in is known before anything is written. A later block may still fail, so with more
-// than one a copy is kept, and put back where it did.
-#include "cuda/rows.cuh"
-#include "cuda/sherman_morrison.cuh"
+// Whether a round may be put in is known before anything is written. A later one may still fail, so with more than one a
+// copy is kept, and put back where it did.
+#include "cuda/sherman_morrison_large.cuh"
 
 namespace mtz::cuda {
 namespace {
 
-constexpr int K = 64, kThreads = 256;
-constexpr Index kLeastSlice = 256;  // of the inner dimension of V
-constexpr Index kEnoughBlocks = 264;
-
-// Columns of V a thread has, which are rows of A^-1: as many as its registers take.
-template <class T>
-constexpr int kAcross = sizeof(T) == 4 ? 8 : 4;
-template <class T>
-using VTile = Tile<T, kAcross<T>, K / 16, 16>;
-template <class T>
-using UpdateTile = Tile<T, K / 16, K / 16, 16>;
-
-template <class T>
-struct Large {
-    ShermanMorrisonArgs g;
-    Index pitch, across, length, slices;  // of a row of Y; tiles of V; slices of the inner dimension
-    Index* order;                         // [batch, k]
-    T* y;                                 // [batch, K, pitch]
-    T* partial;                           // [slices, batch, K, pitch]   of V
-    T* v;                                 // [batch, K, pitch]
-    double* s;                            // [batch, K, K]               lower triangle of V Y^T
-    double* sign;                         // [batch, K]
-    T* l;                                 // [batch, K, K]               L^T beyond the diagonal, |p|^-1/2 on it
-    T *vt, *minus;                        // [batch, d, K]               the new V^T; -V^T D
-    T* copy;                              // [batch, d, d]               if there are several blocks
-
-    Large(const ShermanMorrisonArgs& args, Workspace& space) : g(args) {
-        pitch = ceil_div(g.d, 4) * 4;
-        across = ceil_div(g.d, VTile<T>::kRows);
-        const Index wanted = ceil_div(kEnoughBlocks, larger(1, g.batch * across));
-        length = ceil_div(ceil_div(g.d, smaller(wanted, ceil_div(g.d, kLeastSlice))), kLeastSlice) * kLeastSlice;
-        slices = ceil_div(g.d, length);
-        order = space.take<Index>(g.batch * g.k);
-        y = space.take<T>(g.batch * K * pitch);
-        partial = space.take<T>(slices * g.batch * K * pitch);
-        v = space.take<T>(g.batch * K * pitch);
-        s = space.take<double>(g.batch * K * K);
-        sign = space.take<double>(g.batch * K);
-        l = space.take<T>(g.batch * K * K);
-        vt = space.take<T>(g.batch * g.d * K);
-        minus = space.take<T>(g.batch * g.d * K);
-        copy = g.k > K ? space.take<T>(g.batch * g.d * g.d) : nullptr;
-    }
-    __device__ __forceinline__ T* inverse(Index p) const {
-        return static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
-    }
-    __device__ __forceinline__ bool skipped(Index p) const { return g.status[p] != kUpdated; }
-};
-
-__device__ __forceinline__ Index first_item() {
-    return blockIdx.x * Index(blockDim.x) + threadIdx.x;
-}
-__device__ __forceinline__ Index item_step() {
-    return Index(gridDim.x) * blockDim.x;
-}
+constexpr int kScaled = 1024;  // elements of a vector a block of threads scales
 
 // Keeps a copy, or puts it back where a matrix failed.
 template <class T>
@@ -86,223 +31,265 @@ __global__ void copy_kernel(Large<T> w, bool back) {
     }
 }
 
-template <class T>
-__global__ void scale_kernel(Large<T> w, Index first) {
-    for (Index e = first_item(); e < w.g.batch * K * w.pitch; e += item_step()) {
-        const Index p = e / (K * w.pitch), q = e / w.pitch % K, j = e % w.pitch;
-        const Scaled<T> vector(w.g, w.order, p, first + q);
-        w.y[e] = j < w.g.d ? vector.at(w.g, j) : T(0);
-        if (j == 0) w.sign[p * K + q] = vector.sign;
+// Where vector q belongs: weights >= 0 first, each part as it came. Every warp counts for itself.
+__device__ __forceinline__ Index place_in_order(const ShermanMorrisonArgs& g, Index p, Index q) {
+    const double* weight = g.weight + p * g.weight_batch_stride;
+    int all = 0, before = 0;
+    for (Index i = threadIdx.x % kWarp; i < g.k; i += kWarp) {
+        const bool positive = weight[i * g.weight_stride] >= 0;
+        all += positive;
+        before += positive && i < q;
     }
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        all += shuffle_xor(all, mask);
+        before += shuffle_xor(before, mask);
+    }
+    if (q >= g.k) return q;
+    return weight[q * g.weight_stride] >= 0 ? before : all + q - before;
 }
 
-// partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[j, i]
-template <class T, template <class> class Source>
-__global__ void __launch_bounds__(kTileThreads, 2) multiply_kernel(Index first_block, Large<T> w) {
-    constexpr int RA = kAcross<T>, RB = K / 16;
-    SharedMemory memory;
-    const Pieces<T, VTile<T>> shared(memory);
+// Y and the signs of a round, a block of threads for a part of a vector. With one round there is no order yet: each block
+// looks where its vector goes.
+template <class T>
+__global__ void __launch_bounds__(kThreads) scale_kernel(Index first_block, Large<T> w, Index first, int panels) {
     const ShermanMorrisonArgs& g = w.g;
-    const Index block = first_block + blockIdx.x, p = block / (w.across * w.slices),
-                slice = block / w.across % w.slices;
-    const Index j0 = block % w.across * VTile<T>::kRows;
-    if (w.skipped(p)) return;
-    const Source<T> matrix{w.inverse(p) + j0 * g.inverse_row_stride, g.inverse_row_stride, 1,
-                           int(smaller(VTile<T>::kRows, g.d - j0))};
-    const WordRows<T> y{w.y + p * K * w.pitch, w.pitch, 1, K};
-    T* to = w.partial + (slice * g.batch + p) * K * w.pitch + j0;
-    T sum[RA][RB] = {};
-    sum_over_rows<Product, kNoRuns, VTile<T>>(
-        matrix, y, slice * w.length, smaller(g.d, (slice + 1) * w.length), shared, sum, [&](int k) {
-            const int thread = recomputed(int(threadIdx.x), k);
+    const Index parts = ceil_div(w.pitch, kScaled), block = first_block + blockIdx.x;
+    const Index p = block / parts / (panels * K), at = block / parts % (panels * K), part = block % parts;
+    const bool any = first + at < g.k;
+    const Index q = w.order && any ? w.order[p * g.k + first + at] : at;
+    const double weight = any ? g.weight[p * g.weight_batch_stride + q * g.weight_stride] : 0;
+    const T root = T(square_root(weight < 0 ? -weight : weight));
+    const Index to = w.order ? at : place_in_order(g, p, at);
+    const Index start = p * g.vectors.batch_stride + q * g.vectors.row_stride;
+    T* y = w.y + (p * w.side + to) * w.pitch;
+    const Index last = smaller(w.pitch, (part + 1) * kScaled);
+#pragma unroll 4
+    for (Index j = part * kScaled + threadIdx.x; j < last; j += kThreads)
+        y[j] = any && j < g.d ? root * load_vector_element<T>(g, start + j * g.vectors.column_stride) : T(0);
+    if (part != 0 || threadIdx.x != 0) return;
+    w.sign[p * w.side + to] = weight < 0 ? -1 : 1;
+    if (!w.order && at == 0) g.status[p] = kUpdated;
+}
+
+// partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[i, j]
+template <class T, bool Words>
+__global__ void __launch_bounds__(kThreads, kResident) multiply_kernel(Index first_block, Large<T> w, int panels) {
+    using P = typename Large<T>::Tall;
+    SharedMemory memory;
+    const P shared(memory);
+    const ShermanMorrisonArgs& g = w.g;
+    const Index block = first_block + blockIdx.x, panel = block % panels, tile = block / panels;
+    const Index p = tile / (w.across * w.slices), slice = tile / w.across % w.slices;
+    const Index j0 = tile % w.across * P::kRows, first = slice * w.length;
+    if (g.status[p] != kUpdated) return;
+    const Across<T, Words> a{w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
+                             int(smaller(P::kRows, g.d - j0))};
+    const Along<T> b{w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch, K};
+    T sum[Large<T>::kRows][P::kColumns] = {};
+    add_product(a, b, int(smaller(w.length, g.d - first)), shared, sum);
+    T* to = w.partial + ((slice * g.batch + p) * w.side + panel * K) * w.pitch + j0;
 #pragma unroll
-            for (int r = 0; r < RA; ++r)
+    for (int h = 0; h < Large<T>::kRows / 4; ++h)
 #pragma unroll
-                for (int c = 0; c < RB; ++c) {
-                    const int j = tile_row(thread) + 16 * r, q = tile_column(thread) + 16 * c;
-                    if (j < matrix.count) to[q * w.pitch + j] = sum[r][c];
-                }
-        });
+        for (int c = 0; c < P::kColumns; ++c) {
+            const int j = P::row(h), q = P::column(c / 4) + c % 4;
+            const Four<T> four{{sum[4 * h][c], sum[4 * h + 1][c], sum[4 * h + 2][c], sum[4 * h + 3][c]}};
+            if (j0 + j < w.pitch) *reinterpret_cast<Four<T>*>(to + q * w.pitch + j) = four;
+        }
 }
 
 template <class T>
 __global__ void add_slices_kernel(Large<T> w) {
-    const Index size = w.g.batch * K * w.pitch;
+    const Index size = w.g.batch * w.side * w.pitch / 4;
+    const Four<T>* partial = reinterpret_cast<const Four<T>*>(w.partial);
     for (Index e = first_item(); e < size; e += item_step()) {
-        T sum = 0;
-        if (e % w.pitch < w.g.d)
-            for (Index slice = 0; slice < w.slices; ++slice) sum += w.partial[slice * size + e];
-        w.v[e] = sum;
-    }
-}
-
-// s[p, q, r] = sum_j V[q, j] Y[r, j], a warp for 4 x 4 of them; rows end in zeros
-template <class T>
-__global__ void __launch_bounds__(kThreads) small_product_kernel(Large<T> w) {
-    constexpr int side = K / 4, wide = Word<T>::kCount;
-    const int lane = int(threadIdx.x) % kWarp;
-    const Index warp = first_item() / kWarp, warps = item_step() / kWarp;
-    for (Index e = warp; e < w.g.batch * side * side; e += warps) {
-        const Index p = e / (side * side);
-        const int q = int(e / side % side) * 4, r = int(e % side) * 4;
-        if (r > q || w.skipped(p)) continue;  // the same for the whole warp
-        const T *v = w.v + (p * K + q) * w.pitch, *y = w.y + (p * K + r) * w.pitch;
-        T sum[4][4] = {};
-        for (Index j = lane * wide; j < w.pitch; j += kWarp * wide) {
-            Word<T> b[4];
+        Four<T> sum = partial[e];
+#pragma unroll 8
+        for (Index slice = 1; slice < w.slices; ++slice) {
+            const Four<T> more = partial[slice * size + e];
 #pragma unroll
-            for (int c = 0; c < 4; ++c) b[c] = *reinterpret_cast<const Word<T>*>(y + c * w.pitch + j);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const Word<T> a = *reinterpret_cast<const Word<T>*>(v + i * w.pitch + j);
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-#pragma unroll
-                    for (int f = 0; f < wide; ++f) sum[i][c] = multiply_add(a.at[f], b[c].at[f], sum[i][c]);
-            }
+            for (int f = 0; f < 4; ++f) sum.at[f] += more.at[f];
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                double total = double(sum[i][c]);
-#pragma unroll
-                for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-                if (lane == 0) w.s[(p * K + q + i) * K + r + c] = total;
-            }
+        reinterpret_cast<Four<T>*>(w.v)[e] = sum;
     }
 }
 
-// L diag(p) L^T of S = D + V Y^T, the lower triangle in registers: thread (y, x) of 16 x 16 has rows y + 16 a, columns
-// x + 16 b, a >= b. Each step publishes the next column, by turns in two places, so that one barrier a pivot is enough.
+// V <- diag(|p|)^-1/2 L^-1 V of a panel, what the diagonal will be, and V of later panels without it.
 template <class T>
-__global__ void __launch_bounds__(kThreads) factor_kernel(Large<T> w) {
-    constexpr int R = K / 16;
+__global__ void __launch_bounds__(kThreads, 3) solve_kernel(Index first_block, Large<T> w, int panel, int panels) {
+    using P = typename Large<T>::Short;
     SharedMemory memory;
-    double* column = memory.take<double>(2 * K);
-    const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-    const double doubt = rounding<T>(w.g.d);
-    for (Index p = blockIdx.x; p < w.g.batch; p += gridDim.x) {
-        if (w.skipped(p)) continue;
-        const double* from = w.s + p * K * K;
-        T* to = w.l + p * K * K;
-        double s[R][R];
-#pragma unroll
-        for (int a = 0; a < R; ++a)
-#pragma unroll
-            for (int b = 0; b <= a; ++b) {
-                const int i = y + 16 * a, k = x + 16 * b;
-                s[a][b] = k < i ? from[i * K + k] : k == i ? from[i * K + k] + w.sign[p * K + i] : 0;
-            }
-        sync_block();  // the last column of the matrix before this one has been read
-        if (x == 0) {
-#pragma unroll
-            for (int a = 0; a < R; ++a) column[y + 16 * a] = s[a][0];
-        }
-        int status = kUpdated;
-#pragma unroll
-        for (int m = 0; m < R; ++m)  // columns 16 m ... of which R - m blocks of rows are left
-            for (int j = 16 * m; j < 16 * m + 16 && status == kUpdated; ++j) {
-                sync_block();  // this column is there, and the one before the last may be overwritten
-                const double *now = column + j % 2 * K, sign = w.sign[p * K + j];
-                double pivot = now[j];
-                status = judge_pivot(sign, from[j * K + j], doubt, pivot);
-                if (status != kUpdated) break;  // every thread sees the same
-                const double inverse = 1 / pivot;
-                double* next = column + (j + 1) % 2 * K;
-#pragma unroll
-                for (int a = m; a < R; ++a) {
-                    const double scaled = now[y + 16 * a] * inverse;
-                    if (x == j % 16) {
-                        // L below the diagonal, |p|^-1/2 on it
-                        const int i = y + 16 * a;
-                        if (i >= j)
-                            to[j * K + i] = i > j ? T(scaled) : T(square_root(inverse < 0 ? -inverse : inverse));
-                    }
-#pragma unroll
-                    for (int b = m; b <= a; ++b) {
-                        const int k = x + 16 * b;
-                        s[a][b] = multiply_add(-scaled, now[k], s[a][b]);
-                        if (k == j + 1) next[y + 16 * a] = s[a][b];
-                    }
-                }
-            }
-        if (status != kUpdated) {
-            sync_block();  // nobody may see the new status at the top of this loop's body
-            if (threadIdx.x == 0) w.g.status[p] = status;
-        }
-    }
-}
-
-// V <- diag(|p|)^-1/2 L^-1 V, a column a thread, and what the diagonal will be. As soon as a row is known it is taken out
-// of all others, which do not wait for each other.
-template <class T>
-__global__ void __launch_bounds__(K) solve_kernel(Large<T> w) {
-    SharedMemory memory;
-    T* l = memory.take<T>(K * K);  // L^T
-    T* minus_sign = memory.take<T>(K);
+    const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
-    const Index parts = ceil_div(g.d, K);
-    for (Index block = blockIdx.x; block < g.batch * parts; block += gridDim.x) {
-        const Index p = block / parts, j = block % parts * K + threadIdx.x;
-        sync_block();
-        for (int e = int(threadIdx.x); e < K * K; e += K)
-            if (e % K >= e / K) l[e] = w.l[p * K * K + e];
-        minus_sign[threadIdx.x] = T(-w.sign[p * K + threadIdx.x]);
-        sync_block();
-        if (j >= g.d || w.skipped(p)) continue;
-        T column[K];
-        T diagonal = w.inverse(p)[j * g.inverse_row_stride + j];
+    const Index block = first_block + blockIdx.x, tiles = ceil_div(g.d, P::kRows), p = block / tiles;
+    const Index j0 = block % tiles * P::kRows, at = (p * w.side + panel * K) * w.pitch + j0;
+    const int columns = int(smaller(P::kRows, w.pitch - j0));
+    if (sync_block_any(w.skipped(p))) return;  // another block may be writing it
+    T sum[4][P::kColumns] = {};
+    add_product(Across<T, true>{w.v + at, w.pitch, columns}, Along<T>{w.l + p * K * K, K, K}, K, shared, sum);
+    T minus[4][P::kColumns];
 #pragma unroll
-        for (int q = 0; q < K; ++q) column[q] = w.v[(p * K + q) * w.pitch + j];
-#pragma unroll K
-        for (int q = 0; q < K; ++q) {
-#pragma unroll K
-            for (int r = q + 1; r < K; ++r) column[r] = multiply_add(-l[q * K + r], column[q], column[r]);
-            const T x = column[q] * l[q * K + q], y = x * minus_sign[q];
-            w.vt[(p * g.d + j) * K + q] = x;
-            w.minus[(p * g.d + j) * K + q] = y;
-            diagonal = multiply_add(x, y, diagonal);
-        }
-        const int status = judge_diagonal(double(diagonal));
+    for (int c = 0; c < P::kColumns; ++c) {
+        const T sign = T(-w.sign[p * w.side + panel * K + P::column(c / 4) + c % 4]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) minus[r][c] = sign * sum[r][c];
+    }
+    const int row = P::row(0);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const Index j = j0 + row + r;
+        T x = 0;
+#pragma unroll
+        for (int c = 0; c < P::kColumns; ++c) x = multiply_add(minus[r][c], sum[r][c], x);
+#pragma unroll
+        for (int mask = 2; mask <= 8; mask *= 2) x += shuffle_xor(x, mask);  // of the lanes with this row
+        if (P::column(0) != 0 || j >= g.d) continue;
+        x += panel == 0 ? w.inverse(p)[j * g.inverse_row_stride + j] : w.diagonal[p * g.d + j];
+        w.diagonal[p * g.d + j] = x;
+        const int status = panel == panels - 1 ? judge_diagonal(double(x)) : kUpdated;
         if (status != kUpdated) atomic_max(g.status + p, status);
     }
+#pragma unroll
+    for (int h = 0; h < P::kColumns / 4; ++h) {
+        const int q = P::column(h);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const Four<T> four{{sum[r][4 * h], sum[r][4 * h + 1], sum[r][4 * h + 2], sum[r][4 * h + 3]}};
+            if (j0 + row + r < g.d)
+                *reinterpret_cast<Four<T>*>(w.vt + (p * g.d + j0 + row + r) * w.side + panel * K + q) = four;
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int e = 4 * h + c;
+            const Four<T> four{{minus[0][e], minus[1][e], minus[2][e], minus[3][e]}};
+            if (row < columns) *reinterpret_cast<Four<T>*>(w.minus + at + (q + c) * w.pitch + row) = four;
+        }
+    }
+    for (int b = panel + 1; b < panels; ++b) {
+        sync_block();  // what this block has written is there, and its shared memory free
+        T more[4][P::kColumns] = {};
+        add_product(Across<T, true>{w.minus + at, w.pitch, columns},
+                    Along<T>{w.coupling + (p * w.panels + b) * K * K, K, K}, K, shared, more);
+        T* v = w.v + at + (b - panel) * K * w.pitch;
+        if (row >= columns) continue;
+#pragma unroll
+        for (int c = 0; c < P::kColumns; ++c) {
+            Four<T>* four = reinterpret_cast<Four<T>*>(v + (P::column(c / 4) + c % 4) * w.pitch + row);
+            Four<T> value = *four;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) value.at[r] += more[r][c];
+            *four = value;
+        }
+    }
 }
 
-// Tiles i0 <= j0 of A^-1 -= V^T D V, and their mirror images.
+// Tiles of the upper triangle: in row i those from Step i on, of `columns`. Row i is followed by row rows - 1 - i, so that
+// both together are of the same number.
+template <int Step>
+struct Triangle {
+    Index rows, columns, both;
+    __host__ __device__ explicit Triangle(Index d, int tall)
+        : rows(ceil_div(d, tall)), columns(ceil_div(d, K)), both(2 * columns - Step * (rows - 1)) {}
+    __host__ __device__ Index count() const { return (rows + 1) / 2 * both; }
+    // False for what a middle row that stands alone lacks.
+    __device__ __forceinline__ bool at(Index e, Index& i, Index& j) const {
+        i = e / both;
+        j = e % both + Step * i;
+        if (j < columns) return true;
+        j -= columns;
+        const bool apart = 2 * i != rows - 1;
+        i = rows - 1 - i;
+        j += Step * i;
+        return apart;
+    }
+};
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 2) update_kernel(Index first_block, Large<T> w) {
+using Tiles = Triangle<Large<T>::Tall::kRows / K>;
+
+// A^-1 -= V^T D V in tiles of the upper triangle, and their mirror images.
+template <class T, bool Words>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kResident : 3)
+    update_kernel(Index first_block, Large<T> w, int panels) {
+    using P = typename Large<T>::Tall;
     SharedMemory memory;
-    const Pieces<T, UpdateTile<T>> shared(memory);
-    T* stage = memory.take<T>(K * (K + 1));
+    const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
-    const Index tiles = ceil_div(g.d, K), row = g.inverse_row_stride, block = first_block + blockIdx.x;
-    const Index p = block / (tiles * tiles), i0 = block / tiles % tiles * K, j0 = block % tiles * K;
-    if (i0 > j0 || w.skipped(p)) return;
-    const WordRows<T> a{w.minus + (p * g.d + i0) * K, K, 1, int(smaller(K, g.d - i0))};
-    const WordRows<T> b{w.vt + (p * g.d + j0) * K, K, 1, int(smaller(K, g.d - j0))};
-    T *tile = w.inverse(p) + i0 * row + j0, *mirror = w.inverse(p) + j0 * row + i0;
-    T sum[K / 16][K / 16] = {};
-    sum_over_rows<Product, K, UpdateTile<T>>(a, b, 0, K, shared, sum, [&](int) {
-#pragma unroll
-        for (int r = 0; r < K / 16; ++r)
-#pragma unroll
-            for (int c = 0; c < K / 16; ++c)
-                stage[(tile_row(int(threadIdx.x)) + 16 * r) * (K + 1) + tile_column(int(threadIdx.x)) + 16 * c] =
-                    sum[r][c];
-    });
-    sync_block();
-#pragma unroll 4
-    for (int e = int(threadIdx.x); e < K * K; e += kTileThreads) {
-        const int i = e / K, j = e % K;
-        if (i < a.count && j < b.count && i0 + i <= j0 + j)
-            stage[i * (K + 1) + j] = tile[i * row + j] += stage[i * (K + 1) + j];
+    const Tiles<T> tiles(g.d, P::kRows);
+    const Index block = first_block + blockIdx.x, p = block / tiles.count(), row = g.inverse_row_stride;
+    Index i0, j0;
+    if (!tiles.at(block % tiles.count(), i0, j0) || w.skipped(p)) return;
+    i0 *= P::kRows;
+    j0 *= K;
+    T* matrix = w.inverse(p);
+    constexpr int line = 128 / sizeof(T);
+    for (int e = int(threadIdx.x); e < P::kRows * K / line; e += kThreads) {
+        const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
+        if (i < g.d && j < g.d) prefetch(matrix + i * row + j);
     }
-    sync_block();
-    for (int e = int(threadIdx.x); e < K * K; e += kTileThreads) {
-        const int j = e / K, i = e % K;
-        if (i < a.count && j < b.count && i0 + i < j0 + j) mirror[j * row + i] = stage[i * (K + 1) + j];
+    T sum[Large<T>::kRows][P::kColumns] = {};
+    add_product(Across<T, true>{w.minus + p * w.side * w.pitch + i0, w.pitch, int(smaller(P::kRows, w.pitch - i0))},
+                Along<T>{w.vt + (p * g.d + j0) * w.side, w.side, int(smaller(K, g.d - j0))}, panels * K, shared, sum);
+#pragma unroll
+    for (int h = 0; h < Large<T>::kRows / 4; ++h) {
+        const Index i = i0 + P::row(h);
+#pragma unroll
+        for (int c = 0; c < P::kColumns / 4; ++c) {
+            const Index j = j0 + P::column(c);
+            if (Words && i < j && j + 4 <= g.d) {
+                T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
+                Four<T> old[4];
+#pragma unroll
+                for (int r = 0; r < 4; ++r) old[r] = *reinterpret_cast<const Four<T>*>(from + r * row);
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+#pragma unroll
+                    for (int f = 0; f < 4; ++f) old[r].at[f] += sum[4 * h + r][4 * c + f];
+                    *reinterpret_cast<Four<T>*>(from + r * row) = old[r];
+                }
+#pragma unroll
+                for (int f = 0; f < 4; ++f) {
+                    const Four<T> turned{{old[0].at[f], old[1].at[f], old[2].at[f], old[3].at[f]}};
+                    *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
+                }
+            } else if (i <= j) {  // at the diagonal and at the end, one by one
+#pragma unroll
+                for (int r = 0; r < 4; ++r)
+#pragma unroll
+                    for (int f = 0; f < 4; ++f)
+                        if (i + r <= j + f && j + f < g.d) {
+                            const T value = matrix[(i + r) * row + j + f] + sum[4 * h + r][4 * c + f];
+                            matrix[(i + r) * row + j + f] = value;
+                            matrix[(j + f) * row + i + r] = value;
+                        }
+            }
+        }
     }
+}
+
+// Vectors first ... of a round.
+template <class T>
+cudaError_t update_round(const Large<T>& w, Index first, bool words, void* stream) {
+    const ShermanMorrisonArgs& g = w.g;
+    const int panels = int(smaller(w.panels, ceil_div(g.k - first, K)));
+    const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
+    const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
+    const std::size_t tall = Large<T>::Tall::bytes(), small = Large<T>::Short::bytes();
+    const Index parts = ceil_div(w.pitch, kScaled), tiles = ceil_div(g.d, Large<T>::Short::kRows);
+    cudaError_t error =
+        launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, stream, w, first, panels);
+    if (error == cudaSuccess)
+        error = launch_in_turn(multiply, g.batch * w.across * w.slices * panels, kThreads, tall, stream, w, panels);
+    if (error == cudaSuccess && w.slices > 1)
+        error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, stream, w);
+    for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) {
+        error = factor_panel(w, panel, panels, stream);
+        if (error == cudaSuccess)
+            error = launch_in_turn(solve_kernel<T>, g.batch * tiles, kThreads, small, stream, w, panel, panels);
+    }
+    if (error != cudaSuccess) return error;
+    const Index count = g.batch * Tiles<T>(g.d, Large<T>::Tall::kRows).count();
+    return launch_in_turn(update, count, kThreads, tall, stream, w, panels);
 }
 
 }  // namespace
@@ -318,32 +305,13 @@ template <class T>
 Status update_large(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
     Workspace space(workspace);
     const Large<T> w(g, space);
-    const Index tiles = ceil_div(g.d, K);
-    SharedSize multiply, update;
-    Pieces<T, VTile<T>>::count(multiply);
-    Pieces<T, UpdateTile<T>>::count(update);
-    update.add(sizeof(T), K * (K + 1));
-    const std::size_t factor = SharedSize().add(sizeof(double), 2 * K).bytes();
-    const std::size_t solve = SharedSize().add(sizeof(T), K * K).add(sizeof(T), K).bytes();
     const bool words = in_words<T>({g.inverse, g.inverse_batch_stride, g.inverse_row_stride, 1});
-    const auto multiply_kernel_here = words ? multiply_kernel<T, WordRows> : multiply_kernel<T, Rows>;
     Status status;
-    if (failed(status, find_vector_order(g, w.order, stream))) return status;
+    if (w.order && failed(status, find_vector_order(g, w.order, stream))) return status;
     if (w.copy && failed(status, launch_over(copy_kernel<T>, g.batch * g.d * g.d, 256, stream, w, false)))
         return status;
-    for (Index first = 0; first < g.k; first += K) {
-        if (failed(status, launch_over(scale_kernel<T>, g.batch * K * w.pitch, 256, stream, w, first)) ||
-            failed(status, launch_in_turn(multiply_kernel_here, g.batch * w.across * w.slices, kTileThreads,
-                                          multiply.bytes(), stream, w)) ||
-            failed(status, launch_over(add_slices_kernel<T>, g.batch * K * w.pitch, 256, stream, w)) ||
-            failed(status,
-                   launch_over(small_product_kernel<T>, g.batch * (K / 4) * (K / 4) * kWarp, kThreads, stream, w)) ||
-            failed(status, launch(factor_kernel<T>, g.batch, kThreads, factor, stream, false, w)) ||
-            failed(status, launch(solve_kernel<T>, g.batch * tiles, K, solve, stream, false, w)) ||
-            failed(status,
-                   launch_in_turn(update_kernel<T>, g.batch * tiles * tiles, kTileThreads, update.bytes(), stream, w)))
-            return status;
-    }
+    for (Index first = 0; first < g.k; first += w.side)
+        if (failed(status, update_round(w, first, words, stream))) return status;
     if (w.copy) failed(status, launch_over(copy_kernel<T>, g.batch * g.d * g.d, 256, stream, w, true));
     return status;
 }

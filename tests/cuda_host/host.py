@@ -22,6 +22,7 @@ FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"),
     "-DMTZ_MAX_BLOCKS=5",  # so that every kernel walks with a stride of its grid, or is launched in several goes
     "-DMTZ_ENOUGH_BLOCKS=6",  # so that small matrices are worked on in large tiles too, and in few slices
+    "-DMTZ_ROUND_SHARE=1",  # so that not only matrices of thousands of rows are updated by several panels at once
     "-DMTZ_MOST_SUM_BYTES=5000000",  # so that sums are kept of a few tiles at a time
 ]
 

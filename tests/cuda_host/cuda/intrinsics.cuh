@@ -74,6 +74,8 @@ void copy_async_wait() {
     cuda_host::copy_wait(N);
 }
 
+inline void prefetch(const void*) {}
+
 inline void sync_block() {
     cuda_host::wait_block(false);
 }
