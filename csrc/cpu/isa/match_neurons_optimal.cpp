@@ -6,17 +6,18 @@
 // and Karp 1972; Tomizawa 1971). Free rows keep the potential of the source, so a path starts at the cheapest free row of
 // each column, which is kept up to date, and only matched rows on the way are scanned.
 //
-// Where there are as many columns as rows, the flow does not start from nothing: an assignment with a cap (assignment.h)
-// gives the cheapest pairs of some number, and with them the potentials. The cap is searched for until that number is
-// count or little less; few augmentations are left then. Prices only rise with the cap, so each search starts from those of
-// the largest cap that was too small.
+// Where that turns out long, and there are as many columns as rows, the flow starts again near its end: an assignment with a
+// cap (assignment.h) gives the cheapest pairs of some number, and with them the potentials. The cap is searched for until
+// that number is count or little less; few augmentations are left then. Prices only rise with the cap, so each search starts
+// from those of the largest cap that was too small.
 #include "cpu/isa/assignment.h"
 
 namespace mtz::cpu::MTZ_ISA {
 namespace {
 
-constexpr Index kWorthAnAuction = 128;  // rows
-constexpr int kTries = 16;              // caps
+constexpr Index kScans = 64;  // of rows, times n, before an auction is worth while
+constexpr Index kColumn = 4;  // scans of a row that going down a column takes the time of
+constexpr int kTries = 16;    // caps
 
 template <class T>
 struct Flow {
@@ -135,8 +136,8 @@ struct Flow {
         end = sink;
     }
 
-    // One more pair.
-    void augment() {
+    // One more pair; returns how many rows and columns were gone through for it.
+    Index augment() {
         double least = kInfinite, end = kInfinite;
         for (Index j = 0; j < costs.m; ++j) {
             const bool matched = row_of[j] >= 0;
@@ -175,7 +176,11 @@ struct Flow {
             j = before;
         }
         for (Index j = 0; j < costs.m; ++j)
-            if (free_row[j] == started) find_free_row(j);
+            if (free_row[j] == started) {
+                find_free_row(j);
+                count += kColumn;
+            }
+        return count;
     }
 };
 
@@ -255,14 +260,16 @@ void match(Costs<T> costs, Index count, void* work, Index* pairs) {
     if (count == 0) return;
     Arrays space(static_cast<char*>(work));
     Flow<T> flow = make_flow(costs, space);
-    Index there = 0;
-    if (costs.n == costs.m && costs.n >= kWorthAnAuction) {
+    flow.start();
+    // Most costs need few scans; where all rows like the same columns, or the other way round, a path goes through them all.
+    Index scans = 0, most = costs.n == costs.m ? kScans * costs.n : -1;
+    for (Index there = 0; there < count; ++there) {
+        scans += flow.augment();
+        if (most < 0 || scans <= most) continue;
         Assignment<T> found = make_assignment(costs, space);
-        there = start_near(flow, found, space.reals(costs.m), count);
-    } else {
-        flow.start();
+        there = start_near(flow, found, space.reals(costs.m), count) - 1;
+        most = -1;
     }
-    for (; there < count; ++there) flow.augment();
     for (Index i = 0; i < costs.n; ++i)
         if (flow.column_of[i] >= 0) {
             *pairs++ = i;
