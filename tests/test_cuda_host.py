@@ -172,7 +172,7 @@ def test_inverses_of_batches_and_weights(sized_session, schedule):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_inverses_of_several_tiles_and_panels(driver, dtype):
-    """Panels are of 64 vectors, rounds of 4 panels; tiles of 128 rows or 64. Rows of 261 and 131 are not whole words."""
+    """Panels are of 64 vectors, rounds of 4 panels; tiles of 128 rows or 64. Rows of 261 and 131 are no whole words."""
     session = host.Session(driver, LARGE)
     rng = np.random.default_rng(0)
     for number, (batch, d, k) in enumerate([(1, 261, 64), (1, 392, 5), (2, 131, 65), (2, 132, 150), (1, 200, 190)]):

@@ -140,7 +140,11 @@ FAULTS = {
         "unaligned rows are written as words": (LARGE_INVERSES, "«words» ? update_kernel", "true"),
         "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
         "the last rows are left out": (LARGE_INVERSES, "smaller(w.length, «g.d - first»)", "(g.d - first) / 4 * 4"),
-        "half of a warp is not counted": (LARGE_INVERSES, "int mask = «kWarp / 2»; mask > 0; mask /= 2) {", "kWarp / 4"),
+        "half of a warp is not counted": (
+            LARGE_INVERSES,
+            "int mask = «kWarp / 2»; mask > 0; mask /= 2) {",
+            "kWarp / 4",
+        ),
         "two vectors in one place": (LARGE_INVERSES, "before += «positive && i < q»", "positive && i <= q && q > 0"),
         "later panels are read too early": (LARGE_INVERSES, "«sync_block();»  // what this block has written", ""),
         "later panels keep this one": (LARGE_INVERSES, "«value.at[r] += more[r][c];»", "value.at[r] += 0;"),
