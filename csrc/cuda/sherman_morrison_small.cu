@@ -19,7 +19,7 @@ struct Counted {
 template <class T>
 std::size_t shared_bytes(Index d) {
     Counted space;
-    Block<T>(d).take(space);
+    Block<T>(side_of(d), 0).take(space);
     return space.size.bytes();
 }
 
@@ -45,7 +45,11 @@ struct Small {
     bool words, vector_words;  // rows may be copied by 16 bytes
 
     __device__ __forceinline__ explicit Small(const ShermanMorrisonArgs& args)
-        : g(args), block(args.d), at(block.at), thread(int(threadIdx.x)), threads(int(blockDim.x)) {
+        : g(args),
+          block(side_of(args.d), int(threadIdx.x)),
+          at(block.at),
+          thread(int(threadIdx.x)),
+          threads(int(blockDim.x)) {
         SharedMemory memory;
         block.take(memory);
         warp = thread / kWarp;
@@ -54,6 +58,13 @@ struct Small {
                        in_words(g.vectors.data, g.vectors.batch_stride, g.vectors.row_stride, kWide);
     }
 
+    // The same, its addresses and what follows from them worked out again, so that no registers hold them through a step.
+    __device__ __forceinline__ Block<T> again(int step) const {
+        Block<T> result(recomputed(at.side, step), recomputed(thread, step));
+        SharedMemory memory;
+        result.take(memory);
+        return result;
+    }
     __device__ __forceinline__ T* inverse(Index p) const {
         return static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
     }
@@ -61,8 +72,9 @@ struct Small {
 
     // Starts copying a matrix of `count` rows of d elements into one of `rows`, [rows, side]; what is beyond becomes zero.
     template <int Count, class Row>
-    __device__ __forceinline__ void start_copy(T* to, int pitch, int rows, Index stride, int step, Row row) const {
-        for_each(rows, at.side / Count, thread, step, [&](int i, int j) {
+    __device__ __forceinline__ void start_copy(int me, T* to, int pitch, int rows, Index stride, int step,
+                                               Row row) const {
+        for_each(rows, at.side / Count, me, step, [&](int i, int j) {
             const T* from = row(i);
             const Index left = from ? g.d - Index(j) * Count : 0;
             const int valid = int(left < 0 ? 0 : smaller(left, Count)) * int(sizeof(T));
@@ -75,9 +87,9 @@ struct Small {
         const T* from = inverse(p);
         const auto row = [&](int i) { return i < g.d ? from + i * g.inverse_row_stride : nullptr; };
         if (words)
-            start_copy<kWide>(block.matrix, at.pitch, at.side, 1, threads, row);
+            start_copy<kWide>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
         else
-            start_copy<1>(block.matrix, at.pitch, at.side, 1, threads, row);
+            start_copy<1>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
     }
 
     // Block b of the vectors, by the first `step` threads.
@@ -87,8 +99,9 @@ struct Small {
             return p * g.vectors.batch_stride + (order ? order[first + q] : first + q) * g.vectors.row_stride;
         };
         T* to = block.raw_of(b);
+        const int me = recomputed(thread, b);
         if (g.vector_scalar != g.scalar) {
-            for_each(K, at.side, thread, step, [&](int q, int j) {
+            for_each(K, at.side, me, step, [&](int q, int j) {
                 const bool any = first + q < g.k && j < g.d;
                 to[q * at.side + j] = any ? load_vector_element<T>(g, start(q) + j * g.vectors.column_stride) : T(0);
             });
@@ -97,9 +110,9 @@ struct Small {
         const T* from = static_cast<const T*>(g.vectors.data);
         const auto row = [&](int q) { return first + q < g.k ? from + start(q) : nullptr; };
         if (vector_words)
-            start_copy<kWide>(to, at.side, K, 1, step, row);
+            start_copy<kWide>(me, to, at.side, K, 1, step, row);
         else
-            start_copy<1>(to, at.side, K, g.vectors.column_stride, step, row);
+            start_copy<1>(me, to, at.side, K, g.vectors.column_stride, step, row);
     }
 
     __device__ __forceinline__ double weight(Index p, const Index* order, int b) const {
@@ -117,9 +130,12 @@ struct Small {
     // found out while they are on their way.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
         start_matrix(p);
-        start_vectors(p, nullptr, 0, threads);
-        start_vectors(p, nullptr, 1, threads);
-        copy_async_commit();
+        const auto start_two = [&](const Index* order) {
+#pragma unroll 1
+            for (int b = 0; b < 2; ++b) start_vectors(p, order, b, threads);
+            copy_async_commit();
+        };
+        start_two(nullptr);
         const double* weights = g.weight + p * g.weight_batch_stride;
         bool other = false;
         for (Index q = thread; q < g.k; q += threads) other = other || !(weights[q * g.weight_stride] >= 0);
@@ -129,11 +145,10 @@ struct Small {
             order_vectors(weights, g.weight_stride, g.k, orders + p * g.k, reinterpret_cast<Index*>(block.v));
             copy_async_wait<0>();
             sync_block();  // the order is there
-            start_vectors(p, order, 0, threads);
-            start_vectors(p, order, 1, threads);
-            copy_async_commit();
+            start_two(order);
         }
         for (int b = 0; b < 2; ++b) keep_weight(b, weight(p, order, b));
+        if (thread == 0) *block.doubt = rounding<T>(g.d);
         copy_async_wait<0>();
         sync_block();  // the matrix and the vectors are there
         return order;
@@ -142,7 +157,6 @@ struct Small {
     // The status, the same for every thread.
     __device__ __forceinline__ int update_all(Index p, const Index* order) const {
         const int workers = at.warps - 1, columns = whole_warps(at.side + K);
-        const double doubt = rounding<T>(g.d);
         block.turn(0, thread, threads);
         sync_block();  // block 0 is turned
         if (warp < workers) block.multiply(0, warp, workers);
@@ -153,7 +167,7 @@ struct Small {
         for (int b = 0; there(b); ++b) {
             const bool next = there(b + 1), later = there(b + 2);
             if (warp == workers) {
-                block.factor(b, doubt);
+                again(b).factor(b);
             } else {
                 double w = 0;
                 if (later) {
@@ -161,28 +175,28 @@ struct Small {
                     copy_async_commit();
                     w = weight(p, order, b + 2);
                 }
-                if (next) block.multiply(b + 1, warp, workers);
+                if (next) again(b).multiply(b + 1, warp, workers);
                 if (later) keep_weight(b + 2, w);
             }
             copy_async_wait<0>();
             sync_block();  // L, U and the vectors after them are there
-            if (*block.status != kUpdated) return *block.status;
+            if (*again(b).status != kUpdated) return *again(b).status;
             if (thread >= columns) {
-                if (later) block.turn(b + 2, thread - columns, threads - columns);
+                if (later) again(b).turn(b + 2, recomputed(thread, b) - columns, threads - columns);
             } else if (thread < at.side + (next ? K : 0)) {
-                block.solve(b, thread);
+                again(b).solve(b, thread);
             }
             sync_block();  // V and E are solved
             const int n = at.side / 8, tiles = (n + 1) / 2 * (n + 1) * 2, others = whole_warps(tiles);
-            for (int e = thread; e < others + (next ? at.side : 0); e += threads) {
+            for (int e = recomputed(thread, b); e < others + (next ? at.side : 0); e += threads) {
                 if (e < tiles)
-                    block.update(b, e);
+                    again(b).update(b, e);
                 else if (e >= others)
-                    block.correct(b, (e - others) % 4 * 4, (e - others) / 4 * 4);
+                    again(b).correct(b, (e - others) % 4 * 4, (e - others) / 4 * 4);
             }
             sync_block();  // the matrix has block b
             if (!next) break;
-            block.small_products(b + 1, later);
+            again(b).small_products(b + 1, later);
             sync_block();  // S of the next block is there
         }
         int worst = kUpdated;
@@ -209,14 +223,13 @@ struct Small {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMostWarps<T>* kWarp) small_kernel(ShermanMorrisonArgs g, Index* orders) {
+__global__ void __launch_bounds__(kMostWarps<T>* kWarp)
+    small_kernel(Index first, ShermanMorrisonArgs g, Index* orders) {
+    const Index p = first + blockIdx.x;
     const Small<T> small(g);
-    for (Index p = blockIdx.x; p < g.batch; p += gridDim.x) {
-        sync_block();  // the matrix before this one has been written back
-        const int status = small.update_all(p, small.start(p, orders));
-        if (threadIdx.x == 0) g.status[p] = status;
-        if (status == kUpdated) small.write(p);
-    }
+    const int status = small.update_all(p, small.start(p, orders));
+    if (threadIdx.x == 0) g.status[p] = status;
+    if (status == kUpdated) small.write(p);
 }
 
 }  // namespace
@@ -234,9 +247,9 @@ bool fits_shared_memory(Index d) {
 template <class T>
 Status update_small(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
     Index* orders = Workspace(workspace).take<Index>(g.batch * g.k);
-    const int threads = small::Layout<T>(g.d).warps * kWarp;
+    const int threads = small::Layout<T>(small::side_of(g.d)).warps * kWarp;
     return status_of(
-        launch(small::small_kernel<T>, g.batch, threads, small::shared_bytes<T>(g.d), stream, false, g, orders));
+        launch_in_turn(small::small_kernel<T>, g.batch, threads, small::shared_bytes<T>(g.d), stream, g, orders));
 }
 
 Index small_workspace(const ShermanMorrisonArgs& g) {

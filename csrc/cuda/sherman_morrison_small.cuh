@@ -20,7 +20,7 @@ constexpr int kSplits = 8;  // of the inner dimension, among lanes
 constexpr int kKept = 4;    // blocks whose weights are kept
 
 template <class T>
-constexpr int kMostWarps = sizeof(T) == 4 ? 20 : 16;
+constexpr int kMostWarps = sizeof(T) == 4 ? 19 : 12;  // what registers allow
 
 template <class T>
 struct alignas(16) Four {
@@ -37,16 +37,20 @@ __device__ __forceinline__ void store_four(T* to, const T* values) {
 
 template <class T>
 struct Layout {
-    int side, pitch;  // rows padded to a multiple of 8; a row of the matrix
+    int side, pitch;  // d padded to a multiple of 8; a row of the matrix
     int row, four;    // a row of V, which E follows; four vectors, turned
     int warps;        // the last of them takes the pivots
-    __host__ __device__ explicit Layout(Index d)
-        : side(int(ceil_div(d, 8) * 8)),
+    __host__ __device__ explicit Layout(int padded)
+        : side(padded),
           pitch(side + 4),
           row(side + K),
           four(4 * side + 8),
           warps(int(smaller(side / 8 + 1, kMostWarps<T>))) {}
 };
+
+__host__ __device__ __forceinline__ int side_of(Index d) {
+    return int(ceil_div(d, 8) * 8);
+}
 
 // f(i, j) for all i < rows, j < columns, row after row, by `step` threads of which this is number `first`.
 template <class F>
@@ -92,9 +96,11 @@ __device__ __forceinline__ void add_lanes(T* values, int lane, int mask) {
 template <class T>
 struct Block {
     Layout<T> at;
+    int thread;
     T *matrix, *raw, *yt, *v,
         *minus;              // [side, pitch], 2 [K, side], [4, four] = [4][side, 4], 2 [K, row], [K, row] = -D V
     T *s, *l, *root, *sign;  // [K, K + 1], [K, K] columns of L, [4, K] each
+    double* doubt;
     int* status;
 
     template <class Taker>
@@ -109,9 +115,10 @@ struct Block {
         l = space.template take<T>(K * K);
         root = space.template take<T>(kKept * K);
         sign = space.template take<T>(kKept * K);
+        doubt = space.template take<double>(1);
         status = space.template take<int>(1);
     }
-    __host__ __device__ __forceinline__ explicit Block(Index d) : at(d) {}
+    __host__ __device__ __forceinline__ Block(int side, int thread) : at(side), thread(thread) {}
 
     __device__ __forceinline__ T* v_of(int b) const { return v + b % 2 * K * at.row; }
     __device__ __forceinline__ T* raw_of(int b) const { return raw + b % 2 * K * at.side; }
@@ -132,7 +139,7 @@ struct Block {
     // V[q, j] = sum_i Y[q, i] A^-1[i, j]: 8 vectors and 4 columns a thread, 16 columns and all vectors a warp, whose lanes
     // share the rows i. The two groups of columns are such that lanes that load at a time do so from all banks.
     __device__ __forceinline__ void multiply(int b, int warp, int warps) const {
-        const int lane = int(threadIdx.x) % kWarp, half = lane % 2, split = lane / 4;
+        const int lane = thread % kWarp, half = lane % 2, split = lane / 4;
         T* to = v_of(b);
         for (int w = warp; w < at.side / 8; w += warps) {
             const int second = lane / 2 % 2, octets = at.side / 32;
@@ -160,10 +167,10 @@ struct Block {
     // The lower triangle of S_b, and E_b if there is a block after it: 4 x 4 of them for 8 lanes, which share the columns
     __device__ __forceinline__ void small_products(int b, bool next) const {
         constexpr int n = K / 4, lower = n * (n + 1) / 2;
-        const int lane = int(threadIdx.x) % 8, groups = int(blockDim.x) / 8;
+        const int lane = thread % 8, groups = int(blockDim.x) / 8;
         const T* left = v_of(b);
         for (int first = 0; first < lower + (next ? n * n : 0); first += groups) {
-            const int e = first + int(threadIdx.x) / 8;
+            const int e = first + thread / 8;
             const bool ahead = e >= lower, any = e < lower + (next ? n * n : 0);
             int q = 0, r = 0;
             if (ahead)
@@ -198,8 +205,8 @@ struct Block {
 
     // L diag(p) L^T of S_b + D by a warp, a row a lane, which has the whole of its row: column j of the others is row j of
     // lane j. Writes L with |p|^-1/2 as its diagonal, and the status: that of the first pivot that fails.
-    __device__ __forceinline__ void factor(int b, double rounding) const {
-        const int lane = int(threadIdx.x) % kWarp, i = lane % K;
+    __device__ __forceinline__ void factor(int b) const {
+        const int lane = thread % kWarp, i = lane % K;
         const T mine = sign_of(b)[i], size = s[i * (K + 1) + i];
         T row[K], pivot = 0;
 #pragma unroll
@@ -213,7 +220,7 @@ struct Block {
             if (lane < K && i != j) l[j * K + i] = i > j ? below : T(0);
         }
         double p = double(pivot);
-        const int judged = judge_pivot(double(mine), double(size), rounding, p);
+        const int judged = judge_pivot(double(mine), double(size), *doubt, p);
         if (lane < K) l[i * K + i] = T(1) / square_root(T(p < 0 ? -p : p));
         int worst = judged == kUpdated ? K * 4 : i * 4 + judged;
 #pragma unroll
@@ -226,8 +233,7 @@ struct Block {
 
     // A column of V_b and E_b
     __device__ __forceinline__ void solve(int b, int j) const {
-        T* from = v_of(b) + j;
-        const T* signs = sign_of(b);
+        const T *from = v_of(b) + j, *signs = sign_of(b);
         T column[K];
 #pragma unroll
         for (int q = 0; q < K; ++q) column[q] = from[q * at.row];
@@ -239,9 +245,13 @@ struct Block {
 #pragma unroll
             for (int q = r + 1; q < K; ++q) column[q] = multiply_add(-below[q], column[r], column[q]);
             column[r] *= below[r];
-            from[r * at.row] = column[r];
-            minus[r * at.row + j] = -signs[r] * column[r];
         }
+        T* to = v_of(b) + recomputed(j, b);
+#pragma unroll
+        for (int q = 0; q < K; ++q) to[q * at.row] = column[q];
+        to = minus + recomputed(j, b);
+#pragma unroll
+        for (int q = 0; q < K; ++q) to[q * at.row] = -signs[q] * column[q];
     }
 
     // A^-1 -= V^T D V: tiles of 8 rows and 4 columns of the upper triangle, and their mirror images beyond the diagonal
