@@ -140,8 +140,6 @@ FAULTS = {
         "no barrier before the matrix is used": (SMALL_INVERSES, "«sync_block();»  // the matrix and", ""),
         "no barrier after the order": (SMALL_INVERSES, "«sync_block();»  // the order is", ""),
         "no barrier after the first vectors": (SMALL_INVERSES, "«sync_block();»  // block 0", ""),
-        "no barrier after the first V": (SMALL_INVERSES, "«sync_block();»  // V of block 0", ""),
-        "no barrier after the first S": (SMALL_INVERSES, "«sync_block();»  // its S", ""),
         "no barrier after the pivots": (SMALL_INVERSES, "«sync_block();»  // L, U", ""),
         "no barrier before the update": (SMALL_INVERSES, "«sync_block();»  // V and E", ""),
         "no barrier after the update": (SMALL_INVERSES, "«sync_block();»  // the matrix has", ""),
@@ -154,7 +152,7 @@ FAULTS = {
         "one row too many": (SMALL_INVERSES, "return «i < g.d» ? from + i", "i <= g.d"),
         "one vector too many": (SMALL_INVERSES, "return «first + q < g.k» ? from", "first + q <= g.k"),
         "unaligned rows are taken for words": (SMALL_INVERSES, "«stride % count == 0 && other % count == 0»", "true"),
-        "negative weights stay where they are": (SMALL_INVERSES, "if (sync_block_any(«other»))", "false"),
+        "negative weights stay where they are": (SMALL_INVERSES, "!sync_block_any(«other»)", "false"),
         "signs of another block": (SMALL_STEPS, "sign + «b % kKept» * K", "b % 2"),
         "the middle row of tiles twice": (SMALL_STEPS, "return «i > r»;", "true"),
         "half of the lanes are not summed": (

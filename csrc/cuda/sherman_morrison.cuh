@@ -80,16 +80,19 @@ __device__ __forceinline__ void order_vectors(const double* weight, Index stride
     const int threads = int(blockDim.x), thread = int(threadIdx.x);
     const Index each = ceil_div(k, threads), first = smaller(thread * each, k), last = smaller(first + each, k);
     Index mine = 0;  // weights >= 0 in this thread's part
+#pragma unroll 1
     for (Index q = first; q < last; ++q) mine += weight[q * stride] >= 0;
     sync_block();
     before[thread + 1] = mine;
     sync_block();
     if (thread == 0) {
         before[0] = 0;
+#pragma unroll 1
         for (int t = 0; t < threads; ++t) before[t + 1] += before[t];
     }
     sync_block();
     Index positive = before[thread], other = before[threads] + first - positive;
+#pragma unroll 1
     for (Index q = first; q < last; ++q) order[weight[q * stride] >= 0 ? positive++ : other++] = q;
 }
 

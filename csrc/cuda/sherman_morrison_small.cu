@@ -60,7 +60,7 @@ struct Small {
 
     // The same, its addresses and what follows from them worked out again, so that no registers hold them through a step.
     __device__ __forceinline__ Block<T> again(int step) const {
-        Block<T> result(recomputed(at.side, step), recomputed(thread, step));
+        Block<T> result(recomputed(at.side, step + 1), recomputed(thread, step + 1));
         SharedMemory memory;
         result.take(memory);
         return result;
@@ -126,48 +126,40 @@ struct Small {
         block.sign_of(b)[thread] = T(w < 0 ? -1 : 1);
     }
 
-    // Brings what the first block needs. The order is that of the vectors unless a weight is negative or NaN, which is
+    // Brings the matrix and the first vectors. Their order is as they came unless a weight is negative or NaN, which is
     // found out while they are on their way.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
         start_matrix(p);
-        const auto start_two = [&](const Index* order) {
-#pragma unroll 1
-            for (int b = 0; b < 2; ++b) start_vectors(p, order, b, threads);
-            copy_async_commit();
-        };
-        start_two(nullptr);
         const double* weights = g.weight + p * g.weight_batch_stride;
         bool other = false;
+#pragma unroll 1
         for (Index q = thread; q < g.k; q += threads) other = other || !(weights[q * g.weight_stride] >= 0);
         const Index* order = nullptr;
-        if (sync_block_any(other)) {
+        for (;;) {
+            start_vectors(p, order, 0, threads);
+            copy_async_commit();
+            if (order || !sync_block_any(other)) break;
             order = orders + p * g.k;
             order_vectors(weights, g.weight_stride, g.k, orders + p * g.k, reinterpret_cast<Index*>(block.v));
             copy_async_wait<0>();
             sync_block();  // the order is there
-            start_two(order);
         }
-        for (int b = 0; b < 2; ++b) keep_weight(b, weight(p, order, b));
+        keep_weight(0, weight(p, order, 0));
         if (thread == 0) *block.doubt = rounding<T>(g.d);
         copy_async_wait<0>();
         sync_block();  // the matrix and the vectors are there
+        block.turn(0, thread, threads);
+        sync_block();  // block 0 is turned
         return order;
     }
 
-    // The status, the same for every thread.
+    // The status, the same for every thread. Step -1 makes V and S of block 0.
     __device__ __forceinline__ int update_all(Index p, const Index* order) const {
         const int workers = at.warps - 1, columns = whole_warps(at.side + K);
-        block.turn(0, thread, threads);
-        sync_block();  // block 0 is turned
-        if (warp < workers) block.multiply(0, warp, workers);
-        sync_block();  // V of block 0 is there
-        block.small_products(0, there(1));
-        if (there(1)) block.turn(1, thread, threads);
-        sync_block();  // its S is there
-        for (int b = 0; there(b); ++b) {
+        for (int b = -1; there(b); ++b) {
             const bool next = there(b + 1), later = there(b + 2);
             if (warp == workers) {
-                again(b).factor(b);
+                if (b >= 0) again(b).factor(b);
             } else {
                 double w = 0;
                 if (later) {
@@ -180,21 +172,23 @@ struct Small {
             }
             copy_async_wait<0>();
             sync_block();  // L, U and the vectors after them are there
-            if (*again(b).status != kUpdated) return *again(b).status;
+            if (b >= 0 && *block.status != kUpdated) return *block.status;
             if (thread >= columns) {
-                if (later) again(b).turn(b + 2, recomputed(thread, b) - columns, threads - columns);
-            } else if (thread < at.side + (next ? K : 0)) {
+                if (later) again(b).turn(b + 2, recomputed(thread, b + 1) - columns, threads - columns);
+            } else if (b >= 0 && thread < at.side + (next ? K : 0)) {
                 again(b).solve(b, thread);
             }
             sync_block();  // V and E are solved
-            const int n = at.side / 8, tiles = (n + 1) / 2 * (n + 1) * 2, others = whole_warps(tiles);
-            for (int e = recomputed(thread, b); e < others + (next ? at.side : 0); e += threads) {
-                if (e < tiles)
-                    again(b).update(b, e);
-                else if (e >= others)
-                    again(b).correct(b, (e - others) % 4 * 4, (e - others) / 4 * 4);
+            if (b >= 0) {
+                const int n = at.side / 8, tiles = (n + 1) / 2 * (n + 1) * 2, others = whole_warps(tiles);
+                for (int e = recomputed(thread, b); e < others + (next ? at.side : 0); e += threads) {
+                    if (e < tiles)
+                        again(b).update(b, e);
+                    else if (e >= others)
+                        again(b).correct(b, (e - others) % 4 * 4, (e - others) / 4 * 4);
+                }
+                sync_block();  // the matrix has block b
             }
-            sync_block();  // the matrix has block b
             if (!next) break;
             again(b).small_products(b + 1, later);
             sync_block();  // S of the next block is there

@@ -52,17 +52,14 @@ __host__ __device__ __forceinline__ int side_of(Index d) {
     return int(ceil_div(d, 8) * 8);
 }
 
-// f(i, j) for all i < rows, j < columns, row after row, by `step` threads of which this is number `first`.
+// f(i, j) for all i < rows, j < columns, by the first `step` threads, a row a warp; not unrolled, as its code is fetched
+// more often than it is run.
 template <class F>
-__device__ __forceinline__ void for_each(int rows, int columns, int first, int step, F f) {
-    int i = first / columns, j = first % columns;
-    const int down = step / columns, across = step % columns;
-    while (i < rows) {
-        f(i, j);
-        i += down;
-        j += across;
-        if (j >= columns) j -= columns, ++i;
-    }
+__device__ __forceinline__ void for_each(int rows, int columns, int thread, int step, F f) {
+#pragma unroll 1
+    for (int i = thread / kWarp; i < rows; i += step / kWarp)
+#pragma unroll 1
+        for (int j = thread % kWarp; j < columns; j += kWarp) f(i, j);
 }
 
 // Tile number e of the upper triangle of n x n: row r is followed by row n - 1 - r, so that both make n + 1 together.
@@ -127,13 +124,17 @@ struct Block {
 
     // Four vectors, scaled, side by side
     __device__ __forceinline__ void turn(int b, int first, int step) const {
-        const T *from = raw_of(b), *roots = root_of(b);
-        for_each(K / 4, at.side, first, step, [&](int c, int j) {
+        int c = 0, j = first;
+#pragma unroll 1
+        for (;; j += step) {
+            while (j >= at.side) j -= at.side, ++c;
+            if (c >= K / 4) return;
+            const T *from = raw_of(b) + 4 * c * at.side + j, *roots = root_of(b) + 4 * c;
             T values[4];
 #pragma unroll
-            for (int q = 0; q < 4; ++q) values[q] = roots[4 * c + q] * from[(4 * c + q) * at.side + j];
+            for (int q = 0; q < 4; ++q) values[q] = roots[q] * from[q * at.side];
             store_four(yt + c * at.four + 4 * j, values);
-        });
+        }
     }
 
     // V[q, j] = sum_i Y[q, i] A^-1[i, j]: 8 vectors and 4 columns a thread, 16 columns and all vectors a warp, whose lanes
@@ -179,6 +180,7 @@ struct Block {
                 triangle(e, n, r, q);
             const T *x = left + 4 * q * at.row, *y = raw_of(b + ahead) + 4 * r * at.side;
             T sum[16] = {};
+#pragma unroll 1
             for (int i = 4 * lane; i < (any ? at.side : 0); i += 32) {
                 Four<T> vs[4];
 #pragma unroll
