@@ -162,6 +162,8 @@ FAULTS = {
         ),
         "the last columns twice": (SMALL_STEPS, "«w < 4 * octets» ?", "w <= 4 * octets"),
         "the last pivot only": (SMALL_STEPS, "if («other < worst») worst", "other > worst"),
+        "a part of the mirror image is not turned": (SMALL_STEPS, "swap_if(«turn_c != 0»", "false"),
+        "columns of L from another lane": (SMALL_STEPS, "-below, shuffle_from(row[k], «j»)", "j ^ 1"),
         "V is not corrected": (SMALL_INVERSES, "others + («next ? at.side : 0»)", "0"),
         "the diagonal is mirrored": (SMALL_STEPS, "if («i == j») return;", "false"),
         "no barrier in the order": (INVERSES, "«sync_block();»\n    Index positive", ""),

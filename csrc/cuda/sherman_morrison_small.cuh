@@ -1,14 +1,15 @@
 // Many small inverses: what one block of threads does to a matrix in shared memory. For block b of K vectors, with V_b, S_b
 // and E_b = V_b Y_b+1^T there and the matrix still without it, between barriers:
 //
-//     A  one warp: L diag(p) L^T of S_b.  The others: U = Y_b+1 A^-1, and block b + 2 comes into shared memory
+//     A  one warp: L diag(p) L^T of S_b.  The others: U = Y_b+1 A^-1, while block b + 2 comes into shared memory
 //     B  V_b, E_b <- diag(|p|)^-1/2 L^-1 (V_b, E_b); the vectors of block b + 2 are turned for A
 //     C  A^-1 -= V_b^T D V_b;  V_b+1 = U - E_b^T D V_b, since U was taken without V_b
 //     D  S_b+1, E_b+1
 //
-// So the pivots, one after another, wait for nothing and nothing waits for them but where they take longer than U.
+// So the pivots, which are one after another in one warp, are worked out beside the largest product, and nothing waits for
+// them unless they take longer. The matrix is read by 16-byte words, one for 10 to 12 multiply-adds.
 //
-// The pitch of the matrix is an odd number of 16-byte words: rows next to each other lie in different banks.
+// The pitch of the matrix is an odd number of 16-byte words: the same words of rows next to each other lie in other banks.
 #pragma once
 
 #include "cuda/sherman_morrison.cuh"
@@ -33,6 +34,13 @@ __device__ __forceinline__ Four<T> load_four(const T* from) {
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const T* values) {
     *reinterpret_cast<Four<T>*>(to) = {{values[0], values[1], values[2], values[3]}};
+}
+
+template <class T>
+__device__ __forceinline__ void swap_if(bool condition, T& a, T& b) {
+    const T first = condition ? b : a, second = condition ? a : b;
+    a = first;
+    b = second;
 }
 
 template <class T>
@@ -280,13 +288,24 @@ struct Block {
 #pragma unroll
         for (int r = 0; r < 8; ++r) store_four(tile + r * at.pitch, sum[r]);
         if (i == j) return;
+        // Lanes next to each other are 4 rows of the mirror image apart, in one of two banks: so they store different
+        // parts of it at a time.
+        const int turn_r = j % 2 * 4, turn_c = j / 2 % 2 * 2;
+#pragma unroll
+        for (int r = 0; r < 8; ++r)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) swap_if(turn_c != 0, sum[r][c], sum[r][c + 2]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) swap_if(turn_r != 0, sum[r][c], sum[r + 4][c]);
         T* mirror = matrix + (8 * j + e % 2 * 4) * at.pitch + 8 * i;
 #pragma unroll
         for (int c = 0; c < 4; ++c)
 #pragma unroll
             for (int r = 0; r < 8; r += 4) {
                 const T column[4] = {sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c]};
-                store_four(mirror + c * at.pitch + r, column);
+                store_four(mirror + (c ^ turn_c) * at.pitch + (r ^ turn_r), column);
             }
     }
 
