@@ -216,9 +216,34 @@ def test_inverses_of_views(sized_session):
     assert not status.any() and (got == 7).all(), "nothing outside the view is written"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_small_inverses_of_full_size(driver, schedule):
+    """What fits a large GPU only; the last block of vectors full or not, weights of both signs, rows not of words."""
+    session = host.Session(driver, 227 << 10)
+    try:
+        for batch, d, k, dtype in [
+            (2, 64, 64, "float32"),
+            (1, 144, 144, "float32"),
+            (1, 131, 37, "float32"),
+            (1, 66, 17, "float64"),
+            (1, 190, 33, "float32"),  # more columns than one pass of the threads takes
+        ]:
+            check_update(session, batch, d, k, dtype, schedule)
+        for d, k in ((64, 48), (37, 33)):
+            inverse, vectors = damped_inverse(7, d), 0.2 * normal(7, k, d, seed=1)
+            weight = np.random.default_rng(2).uniform(0.1, 1, (7, k))
+            weight[::2, ::3] *= -0.1  # all others keep the order of the vectors
+            got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+            expected = afresh(inverse, vectors, weight)
+            assert not status.any()
+            assert_within(got, expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
+    finally:
+        session.close()
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_half_vectors_are_those_numbers_in_float32(sized_session, kind):
-    inverse, vectors, weight = damped_inverse(2, 60), normal(2, 5, 60, seed=1), np.ones((2, 5))
+    inverse, vectors, weight = damped_inverse(2, 60), normal(2, 37, 60, seed=1), np.ones((2, 37))
     if kind == "float16":
         half = vectors.astype(np.float16)
         exact = half.astype(np.float32)

@@ -41,9 +41,17 @@ def probe_distances(session, schedule):
 
 
 def probe_inverses(session, schedule):
-    for batch, d, k in ((7, 19, 20), (1, 111, 3)):
+    for batch, d, k in ((7, 19, 20), (1, 84, 36), (1, 24, 81)):
         check_update(session, batch, d, k, "float32", schedule)
-    # the first matrix fails (its pivot is -1 + 3), and the block that tried goes on to the last
+    # a vector is taken out before it is put in
+    inverse, vectors = damped_inverse(2, 20), normal(2, 40, 20, seed=1)
+    weight = np.ones((2, 40))
+    weight[1, :20], vectors[1, 20:] = -1, 1.25 * vectors[1, :20]
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    expected = afresh(inverse, vectors, weight)
+    assert not status.any()
+    assert_within(got, expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
+    # the first matrix fails: its pivot is -1 + 3
     inverse = np.eye(5, dtype=np.float32)[None].repeat(6, 0)
     vectors = inverse[:, :1].copy()
     weight = np.array([-3.0, 1, 1, 1, 1, 1])[:, None]
@@ -95,6 +103,7 @@ MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
 LARGE_PRODUCT, LARGE_PIVOTS = (f"sherman_morrison_large{part}" for part in (".cuh", "_pivots.cu"))
+SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
 CHECKING = "; e += Index(gridDim.x) * blockDim.x) {\n        const Index x"
@@ -121,13 +130,46 @@ FAULTS = {
         "one slice is not added up": (DISTANCES, "«s < slices»; ++s", "s < slices - 1"),
     },
     probe_inverses: {
-        "no barrier after V = Y A^-1": (SMALL_INVERSES, "multiply();\n            «sync_block();»", ""),
-        "no barrier before the update": (SMALL_INVERSES, "solve();\n            «sync_block();»", ""),
-        "no barrier before the next matrix": (SMALL_INVERSES, "«sync_block();»  // the matrix before", ""),
-        "padding is read": (SMALL_INVERSES, "small.matrix[e] = «i < g.d && j < g.d» ?", "i < g.d"),
-        "the middle row of tiles twice": (SMALL_INVERSES, "return «i > r»;", "true"),
-        "two of four lanes are not summed": (SMALL_INVERSES, "«sum += shuffle_xor(sum, 2);»", "shuffle_xor(sum, 2);"),
-        "no barrier between pivots": (INVERSES, "«sync_block();»\n        double p", ""),
+        "the first copies not waited for": (
+            SMALL_INVERSES,
+            "«copy_async_wait<0>();»\n        sync_block();  // the matrix and",
+            "",
+        ),
+        "copies not waited for": (
+            SMALL_INVERSES,
+            "«copy_async_wait<0>();»\n            sync_block();  // L, U",
+            "",
+        ),
+        "no barrier before the matrix is used": (SMALL_INVERSES, "«sync_block();»  // the matrix and", ""),
+        "no barrier after the order": (SMALL_INVERSES, "«sync_block();»  // the order is", ""),
+        "no barrier after the first vectors": (SMALL_INVERSES, "«sync_block();»  // block 0", ""),
+        "no barrier after the pivots": (SMALL_INVERSES, "«sync_block();»  // L, U", ""),
+        "no barrier before the update": (SMALL_INVERSES, "«sync_block();»  // V and E", ""),
+        "no barrier after the update": (SMALL_INVERSES, "«sync_block();»  // the matrix has", ""),
+        "no barrier after S": (SMALL_INVERSES, "«sync_block();»  // S of the next", ""),
+        "one column too many": (
+            SMALL_INVERSES,
+            "left = from ? «g.d - Index(j) * Count» :",
+            "g.d + 1 - Index(j) * Count",
+        ),
+        "one row too many": (SMALL_INVERSES, "return «i < g.d» ? from + i", "i <= g.d"),
+        "one vector too many": (SMALL_INVERSES, "return «first + q < g.k» ? from", "first + q <= g.k"),
+        "unaligned rows are taken for words": (SMALL_INVERSES, "«stride % count == 0 && other % count == 0»", "true"),
+        "negative weights stay where they are": (SMALL_INVERSES, "!sync_block_any(«other»)", "false"),
+        "signs of another block": (SMALL_STEPS, "sign + «b % kKept» * K", "b % 2"),
+        "the middle row of tiles twice": (SMALL_STEPS, "return «i > r»;", "true"),
+        "half of the lanes are not summed": (
+            SMALL_STEPS,
+            "«shuffle_xor(sent, mask)»",
+            "mask == 1 ? 0 * shuffle_xor(sent, mask) : shuffle_xor(sent, mask)",
+        ),
+        "the last columns twice": (SMALL_STEPS, "«w < 4 * octets» ?", "w <= 4 * octets"),
+        "the last pivot only": (SMALL_STEPS, "if («other < worst») worst", "other > worst"),
+        "a part of the mirror image is not turned": (SMALL_STEPS, "swap_if(«turn_c != 0»", "false"),
+        "columns of L from another lane": (SMALL_STEPS, "-below, shuffle_from(row[k], «j»)", "j ^ 1"),
+        "V is not corrected": (SMALL_INVERSES, "others + («next ? at.side : 0»)", "0"),
+        "the diagonal is mirrored": (SMALL_STEPS, "if («i == j») return;", "false"),
+        "no barrier in the order": (INVERSES, "«sync_block();»\n    Index positive", ""),
     },
     probe_large_inverses: {
         "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),

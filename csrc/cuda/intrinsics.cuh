@@ -48,7 +48,7 @@ class SharedMemory {
 
 class SharedSize {
   public:
-    SharedSize& add(std::size_t size, std::size_t count) {
+    __host__ __device__ SharedSize& add(std::size_t size, std::size_t count) {
         bytes_ += (count * size + 15) / 16 * 16;
         return *this;
     }
@@ -108,6 +108,12 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The value of this lane, the same one for all; all lanes of the warp must take part.
+template <class T>
+__device__ __forceinline__ T shuffle_from(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
+
 __device__ __forceinline__ void atomic_min(unsigned long long* at, unsigned long long value) {
     atomicMin(at, value);
 }
@@ -120,6 +126,15 @@ __device__ __forceinline__ float square_root(float x) {
 }
 __device__ __forceinline__ double square_root(double x) {
     return sqrt(x);
+}
+// 1 / x, to the last bit or the one before it.
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+__device__ __forceinline__ double reciprocal(double x) {
+    return 1 / x;
 }
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
     return fmaf(a, b, c);

@@ -5,25 +5,10 @@ namespace mtz::cuda {
 namespace {
 
 __global__ void vector_order_kernel(ShermanMorrisonArgs g, Index* order) {
-    const int threads = int(blockDim.x), thread = int(threadIdx.x);
-    Index* before = SharedMemory().take<Index>(threads + 1);  // weights >= 0 before this thread's part
-    const Index each = ceil_div(g.k, threads), first = smaller(thread * each, g.k), last = smaller(first + each, g.k);
+    Index* before = SharedMemory().take<Index>(blockDim.x + 1);
     for (Index p = blockIdx.x; p < g.batch; p += gridDim.x) {
-        const double* weight = g.weight + p * g.weight_batch_stride;
-        Index mine = 0;
-        for (Index q = first; q < last; ++q) mine += weight[q * g.weight_stride] >= 0;
-        sync_block();
-        before[thread + 1] = mine;
-        sync_block();
-        if (thread == 0) {
-            before[0] = 0;
-            for (int t = 0; t < threads; ++t) before[t + 1] += before[t];
-            g.status[p] = kUpdated;
-        }
-        sync_block();
-        Index positive = before[thread], other = before[threads] + first - positive;
-        for (Index q = first; q < last; ++q)
-            order[p * g.k + (weight[q * g.weight_stride] >= 0 ? positive++ : other++)] = q;
+        order_vectors(g.weight + p * g.weight_batch_stride, g.weight_stride, g.k, order + p * g.k, before);
+        if (threadIdx.x == 0) g.status[p] = kUpdated;
     }
 }
 

@@ -1,4 +1,4 @@
-// What both ways of mtz/sherman_morrison.h share: the order of the vectors and the pivots of the small matrix.
+// What both ways of mtz/sherman_morrison.h share: the order of the vectors and what is asked of pivots.
 //
 // Vectors go in blocks of K. With Y [K, d] scaled by sqrt|w|, D the signs, V = Y A^-1 and S = D + V Y^T = L diag(p) L^T:
 //
@@ -73,32 +73,27 @@ __device__ __forceinline__ int judge_diagonal(double x) {
     return !finite(x) ? kNotFinite : x > 0 ? kUpdated : kIndefinite;
 }
 
-// L diag(p) L^T of s [K, K + 1], V Y^T on entry, by all threads of a block. On return s[i][j] p_j^-1 is L below the diagonal;
-// inverse_pivot [K]. `size` [K] is scratch. Everything in shared memory; starts and ends with a barrier.
-template <int K>
-__device__ __forceinline__ int factor_pivots(double* s, const double* sign, double rounding, double* inverse_pivot,
-                                             double* size) {
-    constexpr int pitch = K + 1;
-    const int thread = int(threadIdx.x), threads = int(blockDim.x);
+// The order of one matrix, order [k], by a block of threads; `before` [threads + 1] is scratch in shared memory. Starts with
+// a barrier, ends without one.
+__device__ __forceinline__ void order_vectors(const double* weight, Index stride, Index k, Index* order,
+                                              Index* before) {
+    const int threads = int(blockDim.x), thread = int(threadIdx.x);
+    const Index each = ceil_div(k, threads), first = smaller(thread * each, k), last = smaller(first + each, k);
+    Index mine = 0;  // weights >= 0 in this thread's part
+#pragma unroll 1
+    for (Index q = first; q < last; ++q) mine += weight[q * stride] >= 0;
     sync_block();
-    for (int i = thread; i < K; i += threads) {
-        size[i] = s[i * pitch + i];
-        s[i * pitch + i] += sign[i];
-    }
-    for (int j = 0; j < K; ++j) {
-        sync_block();
-        double p = s[j * pitch + j];
-        const int status = judge_pivot(sign[j], size[j], rounding, p);
-        if (status != kUpdated) return status;  // every thread sees the same
-        const double inverse = 1 / p;
-        if (thread == 0) inverse_pivot[j] = inverse;
-        for (int e = thread; e < K * K; e += threads) {
-            const int i = e / K, k = e % K;
-            if (k > j && i >= k) s[i * pitch + k] -= s[i * pitch + j] * inverse * s[k * pitch + j];
-        }
+    before[thread + 1] = mine;
+    sync_block();
+    if (thread == 0) {
+        before[0] = 0;
+#pragma unroll 1
+        for (int t = 0; t < threads; ++t) before[t + 1] += before[t];
     }
     sync_block();
-    return kUpdated;
+    Index positive = before[thread], other = before[threads] + first - positive;
+#pragma unroll 1
+    for (Index q = first; q < last; ++q) order[weight[q * stride] >= 0 ? positive++ : other++] = q;
 }
 
 // The two ways: each matrix in shared memory through all its updates, or all matrices in passes over the whole device.

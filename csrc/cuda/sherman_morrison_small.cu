@@ -1,216 +1,233 @@
 // Many small inverses: a block of threads a matrix, which stays in shared memory through all its updates and is written
-// back if they all succeed. See cuda/sherman_morrison.cuh for the formula.
-#include "cuda/sherman_morrison.cuh"
+// back if they all succeed. See cuda/sherman_morrison.cuh for the formula, cuda/sherman_morrison_small.cuh for its steps.
+#include "cuda/sherman_morrison_small.cuh"
 
 namespace mtz::cuda {
+namespace small {
 namespace {
 
-constexpr int K = 16;  // vectors at a time
-
-template <class T>
-struct alignas(16) Four {
-    T at[4];
-};
-
-struct Layout {
-    int side, pitch;  // rows padded to a multiple of 4; a row of the matrix or of V
-    __host__ __device__ explicit Layout(Index d) : side(int(ceil_div(d, 4) * 4)), pitch(side + 4) {}
+// SharedMemory's other side.
+struct Counted {
+    SharedSize size;
+    template <class T>
+    __host__ __device__ T* take(std::size_t count) {
+        size.add(sizeof(T), count);
+        return nullptr;
+    }
 };
 
 template <class T>
 std::size_t shared_bytes(Index d) {
-    const Layout at(d);
-    return SharedSize()
-        .add(sizeof(T), std::size_t(at.side) * at.pitch)
-        .add(sizeof(T), std::size_t(at.side) * K)
-        .add(sizeof(T), std::size_t(K) * at.pitch)
-        .add(sizeof(T), K * K)
-        .add(sizeof(double), K * (K + 1))
-        .add(sizeof(double), 3 * K)
-        .bytes();
+    Counted space;
+    Block<T>(side_of(d), 0).take(space);
+    return space.size.bytes();
 }
 
-// Tile number e of the upper triangle of n x n: row r is followed by row n - 1 - r, so that both make n + 1 together.
-__device__ __forceinline__ bool triangle(int e, int n, int& i, int& j) {
-    const int r = e / (n + 1), c = e % (n + 1);
-    if (c < n - r) {
-        i = r;
-        j = r + c;
-        return true;
-    }
-    i = n - 1 - r;
-    j = i + c - (n - r);
-    return i > r;  // the middle row of an odd number stands alone
+__device__ __forceinline__ bool in_words(const void* data, Index stride, Index other, int count) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % count == 0 && other % count == 0;
+}
+
+__device__ __forceinline__ int whole_warps(int threads) {
+    return (threads + kWarp - 1) / kWarp * kWarp;
 }
 
 template <class T>
 struct Small {
+    static constexpr int kWide = 16 / sizeof(T);
+    struct alignas(16) Word {
+        T at[kWide];
+    };
+
     const ShermanMorrisonArgs& g;
-    Layout at;
-    T *matrix, *yt, *v, *l;                   // [side, pitch], [side, K], [K, pitch], [K, K]
-    double *s, *sign, *inverse_pivot, *size;  // [K, K + 1], [K] each
+    Block<T> block;
+    Layout<T> at;
+    int thread, threads, warp;
+    bool words, vector_words;  // rows may be copied by 16 bytes
 
-    __device__ explicit Small(const ShermanMorrisonArgs& args) : g(args), at(args.d) {
+    __device__ __forceinline__ explicit Small(const ShermanMorrisonArgs& args)
+        : g(args),
+          block(side_of(args.d), int(threadIdx.x)),
+          at(block.at),
+          thread(int(threadIdx.x)),
+          threads(int(blockDim.x)) {
         SharedMemory memory;
-        matrix = memory.take<T>(std::size_t(at.side) * at.pitch);
-        yt = memory.take<T>(std::size_t(at.side) * K);
-        v = memory.take<T>(std::size_t(K) * at.pitch);
-        l = memory.take<T>(K * K);
-        s = memory.take<double>(K * (K + 1));
-        sign = memory.take<double>(3 * K);
-        inverse_pivot = sign + K;
-        size = inverse_pivot + K;
+        block.take(memory);
+        warp = thread / kWarp;
+        words = in_words(g.inverse, g.inverse_batch_stride, g.inverse_row_stride, kWide);
+        vector_words = g.vectors.column_stride == 1 &&
+                       in_words(g.vectors.data, g.vectors.batch_stride, g.vectors.row_stride, kWide);
     }
 
-    __device__ void load_vectors(const Index* order, Index p, Index first) const {
-        // a thread takes one vector, neighbours neighbouring elements where the block is wide enough
-        const int per = int(blockDim.x) / K, q = int(threadIdx.x) / per;
-        const Scaled<T> vector(g, order, p, first + q);
-        for (int j = int(threadIdx.x) % per; j < at.side; j += per) yt[j * K + q] = j < g.d ? vector.at(g, j) : T(0);
-        if (int(threadIdx.x) % per == 0) sign[q] = vector.sign;
+    // The same, its addresses and what follows from them worked out again, so that no registers hold them through a step.
+    __device__ __forceinline__ Block<T> again(int step) const {
+        Block<T> result(recomputed(at.side, step + 1), recomputed(thread, step + 1));
+        SharedMemory memory;
+        result.take(memory);
+        return result;
+    }
+    __device__ __forceinline__ T* inverse(Index p) const {
+        return static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
+    }
+    __device__ __forceinline__ bool there(int b) const { return Index(b) * K < g.k; }
+
+    // Starts copying a matrix of `count` rows of d elements into one of `rows`, [rows, side]; what is beyond becomes zero.
+    template <int Count, class Row>
+    __device__ __forceinline__ void start_copy(int me, T* to, int pitch, int rows, Index stride, int step,
+                                               Row row) const {
+        for_each(rows, at.side / Count, me, step, [&](int i, int j) {
+            const T* from = row(i);
+            const Index left = from ? g.d - Index(j) * Count : 0;
+            const int valid = int(left < 0 ? 0 : smaller(left, Count)) * int(sizeof(T));
+            copy_async<Count* int(sizeof(T))>(to + i * pitch + j * Count,
+                                              valid ? from + Index(j) * Count * stride : inverse(0), valid);
+        });
     }
 
-    // V[q, j] = sum_i Y[q, i] A^-1[i, j], two vectors and four columns a thread
-    __device__ void multiply() const {
-        const int columns = at.side / 4;
-        for (int e = int(threadIdx.x); e < K / 2 * columns; e += int(blockDim.x)) {
-            const int q = e / columns * 2, j = e % columns * 4;
-            T sum[2][4] = {};
-            for (int i = 0; i < g.d; ++i) {
-                const Four<T> row = *reinterpret_cast<const Four<T>*>(matrix + i * at.pitch + j);
-                const T y0 = yt[i * K + q], y1 = yt[i * K + q + 1];
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    sum[0][c] = multiply_add(y0, row.at[c], sum[0][c]);
-                    sum[1][c] = multiply_add(y1, row.at[c], sum[1][c]);
+    __device__ __forceinline__ void start_matrix(Index p) const {
+        const T* from = inverse(p);
+        const auto row = [&](int i) { return i < g.d ? from + i * g.inverse_row_stride : nullptr; };
+        if (words)
+            start_copy<kWide>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
+        else
+            start_copy<1>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
+    }
+
+    // Block b of the vectors, by the first `step` threads.
+    __device__ __forceinline__ void start_vectors(Index p, const Index* order, int b, int step) const {
+        const Index first = Index(b) * K;
+        const auto start = [&](int q) {
+            return p * g.vectors.batch_stride + (order ? order[first + q] : first + q) * g.vectors.row_stride;
+        };
+        T* to = block.raw_of(b);
+        const int me = recomputed(thread, b);
+        if (g.vector_scalar != g.scalar) {
+            for_each(K, at.side, me, step, [&](int q, int j) {
+                const bool any = first + q < g.k && j < g.d;
+                to[q * at.side + j] = any ? load_vector_element<T>(g, start(q) + j * g.vectors.column_stride) : T(0);
+            });
+            return;
+        }
+        const T* from = static_cast<const T*>(g.vectors.data);
+        const auto row = [&](int q) { return first + q < g.k ? from + start(q) : nullptr; };
+        if (vector_words)
+            start_copy<kWide>(me, to, at.side, K, 1, step, row);
+        else
+            start_copy<1>(me, to, at.side, K, g.vectors.column_stride, step, row);
+    }
+
+    __device__ __forceinline__ double weight(Index p, const Index* order, int b) const {
+        const Index q = Index(b) * K + thread;
+        if (thread >= K || q >= g.k) return 0;
+        return g.weight[p * g.weight_batch_stride + (order ? order[q] : q) * g.weight_stride];
+    }
+    __device__ __forceinline__ void keep_weight(int b, double w) const {
+        if (thread >= K) return;
+        block.root_of(b)[thread] = T(square_root(w < 0 ? -w : w));
+        block.sign_of(b)[thread] = T(w < 0 ? -1 : 1);
+    }
+
+    // Brings the matrix and the first vectors. Their order is as they came unless a weight is negative or NaN, which is
+    // found out while they are on their way.
+    __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
+        start_matrix(p);
+        const double* weights = g.weight + p * g.weight_batch_stride;
+        bool other = false;
+#pragma unroll 1
+        for (Index q = thread; q < g.k; q += threads) other = other || !(weights[q * g.weight_stride] >= 0);
+        const Index* order = nullptr;
+        for (;;) {
+            start_vectors(p, order, 0, threads);
+            copy_async_commit();
+            if (order || !sync_block_any(other)) break;
+            order = orders + p * g.k;
+            order_vectors(weights, g.weight_stride, g.k, orders + p * g.k, reinterpret_cast<Index*>(block.v));
+            copy_async_wait<0>();
+            sync_block();  // the order is there
+        }
+        keep_weight(0, weight(p, order, 0));
+        if (thread == 0) *block.doubt = rounding<T>(g.d);
+        copy_async_wait<0>();
+        sync_block();  // the matrix and the vectors are there
+        block.turn(0, thread, threads);
+        sync_block();  // block 0 is turned
+        return order;
+    }
+
+    // The status, the same for every thread. Step -1 makes V and S of block 0.
+    __device__ __forceinline__ int update_all(Index p, const Index* order) const {
+        const int workers = at.warps - 1, columns = whole_warps(at.side + K);
+        for (int b = -1; there(b); ++b) {
+            const bool next = there(b + 1), later = there(b + 2);
+            if (warp == workers) {
+                if (b >= 0) again(b).factor(b);
+            } else {
+                double w = 0;
+                if (later) {
+                    start_vectors(p, order, b + 2, workers * kWarp);
+                    copy_async_commit();
+                    w = weight(p, order, b + 2);
                 }
+                if (next) again(b).multiply(b + 1, warp, workers);
+                if (later) keep_weight(b + 2, w);
             }
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                v[q * at.pitch + j + c] = sum[0][c];
-                v[(q + 1) * at.pitch + j + c] = sum[1][c];
+            copy_async_wait<0>();
+            sync_block();  // L, U and the vectors after them are there
+            if (b >= 0 && *block.status != kUpdated) return *block.status;
+            if (thread >= columns) {
+                if (later) again(b).turn(b + 2, recomputed(thread, b + 1) - columns, threads - columns);
+            } else if (b >= 0 && thread < at.side + (next ? K : 0)) {
+                again(b).solve(b, thread);
             }
-        }
-    }
-
-    // The lower triangle of V Y^T, four lanes an element
-    __device__ void small_product() const {
-        constexpr int elements = K / 2 * (K + 1);
-        const int lane = int(threadIdx.x) % 4, group = int(threadIdx.x) / 4;
-        for (int first = 0; first < elements; first += int(blockDim.x) / 4) {
-            int r = 0, q = 0;
-            const bool any = first + group < elements;
-            if (any) triangle(first + group, K, r, q);
-            T sum = 0;
-#pragma unroll 4
-            for (int i = lane; i < (any ? at.side : 0); i += 4)
-                sum = multiply_add(v[q * at.pitch + i], yt[i * K + r], sum);
-            sum += shuffle_xor(sum, 1);
-            sum += shuffle_xor(sum, 2);
-            if (any && lane == 0) s[q * (K + 1) + r] = double(sum);
-        }
-    }
-
-    // V <- diag(|p|)^-1/2 L^-1 V, a column a thread
-    __device__ void solve() const {
-        for (int e = int(threadIdx.x); e < K * K; e += int(blockDim.x)) {
-            const int q = e / K, r = e % K;
-            const double p = inverse_pivot[q];
-            l[e] = r < q ? T(s[q * (K + 1) + r] * inverse_pivot[r]) : r == q ? T(square_root(p < 0 ? -p : p)) : T(0);
-        }
-        sync_block();
-        for (int j = int(threadIdx.x); j < at.side; j += int(blockDim.x)) {
-            T column[K];
-#pragma unroll
-            for (int q = 0; q < K; ++q) {
-                column[q] = v[q * at.pitch + j];
-#pragma unroll
-                for (int r = 0; r < q; ++r) column[q] = multiply_add(-l[q * K + r], column[r], column[q]);
+            sync_block();  // V and E are solved
+            if (b >= 0) {
+                const int n = at.side / 8, tiles = (n + 1) / 2 * (n + 1) * 2, others = whole_warps(tiles);
+                for (int e = recomputed(thread, b); e < others + (next ? at.side : 0); e += threads) {
+                    if (e < tiles)
+                        again(b).update(b, e);
+                    else if (e >= others)
+                        again(b).correct(b, (e - others) % 4 * 4, (e - others) / 4 * 4);
+                }
+                sync_block();  // the matrix has block b
             }
-#pragma unroll
-            for (int q = 0; q < K; ++q) v[q * at.pitch + j] = column[q] * l[q * K + q];
-        }
-    }
-
-    // A^-1 -= V^T D V: tiles of 4 x 4 of the upper triangle, and their mirror images
-    __device__ void update() const {
-        const int n = at.side / 4, tiles = (n + 1) / 2 * (n + 1);
-        for (int e = int(threadIdx.x); e < tiles; e += int(blockDim.x)) {
-            int i, j;
-            if (!triangle(e, n, i, j)) continue;
-            i *= 4;
-            j *= 4;
-            Four<T> rows[4];
-#pragma unroll
-            for (int r = 0; r < 4; ++r) rows[r] = *reinterpret_cast<const Four<T>*>(matrix + (i + r) * at.pitch + j);
-#pragma unroll 4
-            for (int q = 0; q < K; ++q) {
-                const Four<T> a = *reinterpret_cast<const Four<T>*>(v + q * at.pitch + i);
-                const Four<T> b = *reinterpret_cast<const Four<T>*>(v + q * at.pitch + j);
-                const T minus = T(-sign[q]);
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) rows[r].at[c] = multiply_add(minus * a.at[r], b.at[c], rows[r].at[c]);
-            }
-#pragma unroll
-            for (int r = 0; r < 4; ++r) *reinterpret_cast<Four<T>*>(matrix + (i + r) * at.pitch + j) = rows[r];
-            if (i == j) continue;
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const Four<T> column = {{rows[0].at[c], rows[1].at[c], rows[2].at[c], rows[3].at[c]}};
-                *reinterpret_cast<Four<T>*>(matrix + (j + c) * at.pitch + i) = column;
-            }
-        }
-    }
-
-    // The status, the same for every thread.
-    __device__ int update_all(const Index* order, Index p) const {
-        for (Index first = 0; first < g.k; first += K) {
-            load_vectors(order, p, first);
-            sync_block();
-            multiply();
-            sync_block();
-            small_product();
-            const int status = factor_pivots<K>(s, sign, rounding<T>(g.d), inverse_pivot, size);
-            if (status != kUpdated) return status;
-            solve();
-            sync_block();
-            update();
-            sync_block();
+            if (!next) break;
+            again(b).small_products(b + 1, later);
+            sync_block();  // S of the next block is there
         }
         int worst = kUpdated;
-        for (int i = int(threadIdx.x); i < g.d; i += int(blockDim.x)) {
-            const int status = judge_diagonal(double(matrix[i * at.pitch + i]));
+        for (int i = thread; i < g.d; i += threads) {
+            const int status = judge_diagonal(double(block.matrix[i * at.pitch + i]));
             if (status > worst) worst = status;
         }
         if (sync_block_any(worst == kNotFinite)) return kNotFinite;
         return sync_block_any(worst == kIndefinite) ? kIndefinite : kUpdated;
     }
+
+    __device__ __forceinline__ void write(Index p) const {
+        T* to = inverse(p);
+        const int d = int(g.d);
+        if (words && d % kWide == 0)
+            for_each(d, d / kWide, thread, threads, [&](int i, int j) {
+                *reinterpret_cast<Word*>(to + i * g.inverse_row_stride + j * kWide) =
+                    *reinterpret_cast<const Word*>(block.matrix + i * at.pitch + j * kWide);
+            });
+        else
+            for_each(d, d, thread, threads,
+                     [&](int i, int j) { to[i * g.inverse_row_stride + j] = block.matrix[i * at.pitch + j]; });
+    }
 };
 
 template <class T>
-__global__ void __launch_bounds__(256, 2) small_kernel(ShermanMorrisonArgs g, const Index* order) {
+__global__ void __launch_bounds__(kMostWarps<T>* kWarp)
+    small_kernel(Index first, ShermanMorrisonArgs g, Index* orders) {
+    const Index p = first + blockIdx.x;
     const Small<T> small(g);
-    const Layout at = small.at;
-    for (Index p = blockIdx.x; p < g.batch; p += gridDim.x) {
-        T* inverse = static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
-        sync_block();  // the matrix before this one has been written back
-        for (int e = int(threadIdx.x); e < at.side * at.pitch; e += int(blockDim.x)) {
-            const int i = e / at.pitch, j = e % at.pitch;
-            small.matrix[e] = i < g.d && j < g.d ? inverse[i * g.inverse_row_stride + j] : T(0);
-        }
-        const int status = small.update_all(order, p);
-        if (threadIdx.x == 0) g.status[p] = status;
-        if (status != kUpdated) continue;
-        for (int e = int(threadIdx.x); e < at.side * at.pitch; e += int(blockDim.x)) {
-            const int i = e / at.pitch, j = e % at.pitch;
-            if (i < g.d && j < g.d) inverse[i * g.inverse_row_stride + j] = small.matrix[e];
-        }
-    }
+    const int status = small.update_all(p, small.start(p, orders));
+    if (threadIdx.x == 0) g.status[p] = status;
+    if (status == kUpdated) small.write(p);
 }
 
 }  // namespace
+}  // namespace small
 
 template <class T>
 bool fits_shared_memory(Index d) {
@@ -218,17 +235,15 @@ bool fits_shared_memory(Index d) {
     if (d > 512 || cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return false;
-    return shared_bytes<T>(d) <= std::size_t(most);
+    return small::shared_bytes<T>(d) <= std::size_t(most);
 }
 
 template <class T>
 Status update_small(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
-    Index* order = Workspace(workspace).take<Index>(g.batch * g.k);
-    Status status;
-    if (failed(status, find_vector_order(g, order, stream))) return status;
-    const int threads = g.d <= 32 ? 64 : g.d <= 96 ? 128 : 256;
-    failed(status, launch(small_kernel<T>, g.batch, threads, shared_bytes<T>(g.d), stream, false, g, order));
-    return status;
+    Index* orders = Workspace(workspace).take<Index>(g.batch * g.k);
+    const int threads = small::Layout<T>(small::side_of(g.d)).warps * kWarp;
+    return status_of(
+        launch_in_turn(small::small_kernel<T>, g.batch, threads, small::shared_bytes<T>(g.d), stream, g, orders));
 }
 
 Index small_workspace(const ShermanMorrisonArgs& g) {

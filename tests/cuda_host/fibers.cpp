@@ -53,7 +53,7 @@ namespace {
 
 constexpr std::size_t kStack = 64 << 10;
 constexpr int kLanes = 32;
-constexpr int kSharedMemory = 99 << 10;
+constexpr int kSharedMemory = 227 << 10;
 
 [[noreturn]] void fail(const char* what) {
     std::fprintf(stderr, "cuda_host: %s\n", what);
@@ -269,14 +269,13 @@ void wait_grid() {
     leave(Wait::grid);
 }
 
-std::uint64_t exchange(std::uint64_t value, int mask) {
+std::uint64_t exchange(std::uint64_t value, int lane) {
     Fiber* self = now;
     auto& lanes = self->block->lanes[self->exchanges++ & 1];
     lanes[self->index] = value;
     leave(Wait::warp);
-    const int other = self->index ^ mask;
-    if (other / kLanes != self->index / kLanes) fail("a shuffle leaves its warp");
-    return lanes[other];
+    if (lane < 0 || lane >= kLanes) fail("a shuffle leaves its warp");
+    return lanes[self->index / kLanes * kLanes + lane];
 }
 
 void copy_start(void* to, const void* from, int bytes, int valid) {

@@ -23,7 +23,7 @@ extern const int fault;
 char* shared_piece(std::size_t at, std::size_t bytes);
 bool wait_block(bool value);  // whether any thread of the block came with true
 void wait_grid();
-std::uint64_t exchange(std::uint64_t value, int mask);  // of the lane whose number differs in `mask`
+std::uint64_t exchange(std::uint64_t value, int lane);  // that of this lane of the warp
 void copy_start(void* to, const void* from, int bytes, int valid);
 void copy_commit();
 void copy_wait(int pending);

@@ -91,13 +91,17 @@ inline int recomputed(int value, int) {
 }
 
 template <class T>
-T shuffle_xor(T value, int mask) {
+T shuffle_from(T value, int lane) {
     static_assert(sizeof(T) <= 8);
     std::uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    bits = cuda_host::exchange(bits, mask);
+    bits = cuda_host::exchange(bits, lane);
     std::memcpy(&value, &bits, sizeof(T));
     return value;
+}
+template <class T>
+T shuffle_xor(T value, int mask) {
+    return shuffle_from(value, int(threadIdx.x) % kWarp ^ mask);
 }
 
 inline void atomic_min(unsigned long long* at, unsigned long long value) {
@@ -112,6 +116,12 @@ inline float square_root(float x) {
 }
 inline double square_root(double x) {
     return std::sqrt(x);
+}
+inline float reciprocal(float x) {
+    return 1 / x;
+}
+inline double reciprocal(double x) {
+    return 1 / x;
 }
 inline float multiply_add(float a, float b, float c) {
     return float(double(a) * b + c);
