@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 import bench
+from bench import timer
 
 
 def benchmarks() -> dict[str, ModuleType]:
@@ -58,8 +57,7 @@ def main() -> None:
     unknown = [name for name in options.names if name not in modules]
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(modules)}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch finds no CUDA device here; use --device cpu")
+    timer.check_device(parser, options)
     names = options.names or list(modules)
     for name in names:
         own = copy.copy(options)

@@ -23,9 +23,7 @@ import torch
 ROUNDS = 3
 MOST_RUNS = 100  # of a way in a round
 FLUSHED = 256 << 20  # bytes written before a run on a GPU: more than any second-level cache
-AHEAD = (
-    2_000_000  # cycles, about a millisecond, that the GPU waits before a run, so that all launches are queued by then
-)
+AHEAD = 2_000_000  # cycles, about a millisecond, that a GPU waits before a run: by then all launches are queued
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,12 @@ class Work:
 def on_gpu(options: argparse.Namespace) -> bool:
     """Whether a benchmark runs on a GPU."""
     return options.device.startswith("cuda")
+
+
+def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where --device asks for a GPU that is not there."""
+    if on_gpu(options) and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no CUDA device here; use --device cpu")
 
 
 def measure(ways: Mapping[str, Callable[[], object]], device: str = "cpu", budget: float = 1.0) -> dict[str, Timing]:

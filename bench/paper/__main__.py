@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import timer
 from . import largest_share, vgg_16_full_size
 from .methods import METHODS
 from .run import rows
@@ -46,18 +47,19 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 0:
         parser.error(f"--steps must be at least 0, got {options.steps}")
+    timer.check_device(parser, options)
     chosen = tuple(options.methods.split(",")) if options.methods else None
     for unknown in set(chosen or ()) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}; got {unknown!r}")
     if options.data:
         os.environ["MTZ_SHARED"] = options.data
     name = platform.processor() or platform.machine()
-    if options.device != "cpu":
+    if timer.on_gpu(options):
         name = f"{torch.cuda.get_device_name()}, {name}"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.name == "vgg-16-full-size":
         return vgg_16_full_size.run(
-            options.images, options.size, options.memory, options.quick, options.csv, torch.device(options.device)
+            options.images, options.size, options.memory, options.quick, options.csv, options.device
         )
     found: list[Row] = []
     for row in _rows(options, chosen):
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterator[Row]:
     """The rows of an experiment with what the command line changes of it."""
     if options.name == "largest-share":
-        yield from largest_share.search(options.quick, options.steps, torch.device(options.device))
+        yield from largest_share.search(options.quick, options.steps, options.device)
         return
     experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
     for case in experiment.cases(options.quick, options.ablations):
@@ -85,7 +87,7 @@ def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterat
             changes["seeds"] = tuple(range(options.seeds))
         if options.steps is not None:
             changes["steps"] = options.steps
-        yield from rows(dataclasses.replace(case, **changes).on(torch.device(options.device)))
+        yield from rows(dataclasses.replace(case, **changes).on(options.device))
 
 
 if __name__ == "__main__":

@@ -64,17 +64,17 @@ class Case:
             for at, (name, task) in enumerate(self.tasks.items())
         }
 
-    def on(self, device: torch.device) -> Case:
-        """The case with its networks and images on ``device``."""
+    def on(self, device: str) -> Case:
+        """The case with its networks and images on ``device``; tasks on the same images stay one object."""
         kinds = ("train_images", "train_labels", "test_images", "test_labels")
-        moved_tasks = {
+        there = {
             id(task): replace(task, **{kind: getattr(task, kind).to(device) for kind in kinds})
-            for task in {id(task): task for task in self.tasks.values()}.values()
+            for task in self.tasks.values()
         }
         return replace(
             self,
             networks={name: copy.deepcopy(network).to(device) for name, network in self.networks.items()},
-            tasks={name: moved_tasks[id(task)] for name, task in self.tasks.items()},
+            tasks={name: there[id(task)] for name, task in self.tasks.items()},
         )
 
     def loaders(self, labels: bool) -> dict[str, Batches]:

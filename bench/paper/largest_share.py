@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
-
 import mtzip
 
 from . import vgg_16
@@ -23,11 +21,7 @@ GRID = 0.05  # shares are multiples of it
 PAPER = "39.61 % shared at < 0.5 on both (ImageNet, CelebA, full width)"
 
 
-def search(
-    quick: bool,
-    steps: int | None = None,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> Iterator[Row]:
+def search(quick: bool, steps: int | None = None, device: str = "cpu") -> Iterator[Row]:
     """A row for every share that halving comes to, with retraining; the largest within the limit is marked.
 
     The error is taken to rise with the share. Test images decide, as in the paper, so the share is the largest of few.

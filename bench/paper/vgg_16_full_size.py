@@ -52,12 +52,7 @@ class Row:
 
 
 def run(
-    images: int | None,
-    size: int | None,
-    memory: str | None,
-    quick: bool,
-    file: str | None,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
+    images: int | None, size: int | None, memory: str | None, quick: bool, file: str | None, device: str = "cpu"
 ) -> list[Row]:
     """Measures, prints every row, and writes them to ``file`` if one is given.
 
@@ -71,8 +66,8 @@ def run(
     """
     usual = QUICK if quick else (IMAGES, SIZE)
     rows = []
-    memory = memory or (MEMORY if device.type == "cpu" else None)  # a GPU is one's own: half of what is free
-    for row in _measured(images or usual[0], size or usual[1], memory, device):
+    memory = memory or (MEMORY if device == "cpu" else None)  # a GPU is one's own: half of what is free
+    for row in _measured(images or usual[0], size or usual[1], memory, torch.device(device)):
         rows.append(row)
         print(f"{row.measure}: {row.value:,.2f}" + (f" ({row.detail})" if row.detail else ""), flush=True)
         if file:
