@@ -53,7 +53,7 @@ namespace {
 
 constexpr std::size_t kStack = 64 << 10;
 constexpr int kLanes = 32;
-constexpr int kSharedMemory = 227 << 10;
+constexpr int kSharedMemory = 99 << 10;  // of a block on the smallest device that is built for
 
 [[noreturn]] void fail(const char* what) {
     std::fprintf(stderr, "cuda_host: %s\n", what);
@@ -298,8 +298,14 @@ void copy_wait(int pending) {
 
 }  // namespace cuda_host
 
+// CUDA_HOST_SHARED_MEMORY is what the device says it has: little, so that small cases take the way of large ones, or more.
+static int shared_memory() {
+    const char* said = std::getenv("CUDA_HOST_SHARED_MEMORY");
+    return said ? std::atoi(said) : cuda_host::kSharedMemory;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-    if (value > cuda_host::kSharedMemory) return cudaErrorInvalidValue;
+    if (value > std::max(cuda_host::kSharedMemory, shared_memory())) return cudaErrorInvalidValue;
     cuda_host::raised_kernel = kernel;
     cuda_host::raised_size = std::size_t(value);
     return cudaSuccess;
@@ -310,10 +316,8 @@ cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 
-// CUDA_HOST_SHARED_MEMORY makes kernels believe in less of it, so that small cases take the way of large ones.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    const char* shared = std::getenv("CUDA_HOST_SHARED_MEMORY");
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared ? std::atoi(shared) : cuda_host::kSharedMemory;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared_memory();
     return cudaSuccess;
 }
 

@@ -23,6 +23,21 @@ constexpr double kInfinite = __builtin_inf();
 constexpr double kFirst = 0.05, kLast = 1e-5, kFactor = 5;
 constexpr Index kBids = 40;  // of a phase, at most, times n
 
+// The first j < m that `is` holds for; there must be one. Blocks without it are passed over by vectors.
+template <class F>
+Index first_of(Index m, F is) {
+    constexpr Index block = 64;
+    Index j = 0;
+    for (; j + block <= m; j += block) {
+        int hits = 0;
+#pragma omp simd reduction(+ : hits)
+        for (Index l = 0; l < block; ++l) hits += is(j + l);
+        if (hits > 0) break;
+    }
+    while (!is(j)) ++j;
+    return j;
+}
+
 template <class T>
 struct Assignment {
     Costs<T> costs;
@@ -70,17 +85,8 @@ struct Assignment {
 
     // First column with c_ij - v_j = value, which is there.
     Index column_with(Index i, double value) const {
-        constexpr Index block = 64;
         const T* c = row(i);
-        Index j = 0;
-        for (; j + block <= costs.m; j += block) {
-            int hits = 0;
-#pragma omp simd reduction(+ : hits)
-            for (Index l = 0; l < block; ++l) hits += at(c, j + l) - potential[j + l] == value;
-            if (hits > 0) break;
-        }
-        while (at(c, j) - potential[j] != value) ++j;
-        return j;
+        return first_of(costs.m, [&](Index j) { return at(c, j) - potential[j] == value; });
     }
 
     void free_all() {
@@ -145,16 +151,7 @@ struct Assignment {
 
     // First of them at that distance.
     Index find(const double* kind, double value) const {
-        constexpr Index block = 64;
-        Index j = 0;
-        for (; j + block <= costs.m; j += block) {
-            int hits = 0;
-#pragma omp simd reduction(+ : hits)
-            for (Index l = 0; l < block; ++l) hits += distance[j + l] + kind[j + l] == value;
-            if (hits > 0) break;
-        }
-        while (distance[j] + kind[j] != value) ++j;
-        return j;
+        return first_of(costs.m, [&](Index j) { return distance[j] + kind[j] == value; });
     }
 
     // Matches one more row, along a shortest path from it to a free column.

@@ -104,16 +104,7 @@ struct Flow {
 
     // First column where distance + offset is `value`, which is there.
     Index find(const double* offset, double value) const {
-        constexpr Index block = 64;
-        Index j = 0;
-        for (; j + block <= costs.m; j += block) {
-            int hits = 0;
-#pragma omp simd reduction(+ : hits)
-            for (Index l = 0; l < block; ++l) hits += distance[j + l] + offset[j + l] == value;
-            if (hits > 0) break;
-        }
-        while (distance[j] + offset[j] != value) ++j;
-        return j;
+        return first_of(costs.m, [&](Index j) { return distance[j] + offset[j] == value; });
     }
 
     // Steps from matched row i at distance `base` minus its potential. least and end: of the columns that may be scanned
