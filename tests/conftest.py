@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from bench.data import has_shared, shared_folder
 from mtz_ext import has_cuda
 from mtz_ext._native import native
+from tests.cuda_host import host
 
 DEVICES = ["cpu"] + (["cuda"] if has_cuda and torch.cuda.is_available() else [])
 
@@ -37,6 +39,12 @@ def isa(request: pytest.FixtureRequest):
     native.use_isa(request.param)
     yield request.param
     native.use_isa(before)
+
+
+@pytest.fixture(scope="session")
+def driver() -> Path:
+    """The program that runs the CUDA kernels on the host."""
+    return host.build()
 
 
 @pytest.fixture

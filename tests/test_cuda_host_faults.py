@@ -14,18 +14,14 @@ from tests.cuda_host import host
 from tests.cuda_host.host import SCHEDULES
 from tests.test_cuda_host import (
     CONVOLUTIONS,
-    LARGE,
     SHIFTED,
-    SMALL,
-    afresh,
     assert_within,
     check_matching,
     check_moment,
-    check_update,
-    damped_inverse,
     distances,
     normal,
 )
+from tests.test_cuda_host_inverses import LARGE, SMALL, afresh, check_update, damped_inverse
 
 
 def probe_distances(session, schedule):
