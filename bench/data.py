@@ -12,8 +12,9 @@ import lzma
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,13 @@ from torch.nn import functional as F
 from mtzip.demo.idx import load_idx
 from mtzip.demo.tasks import Task
 
+Loader = Callable[[str], tuple[Tensor, Tensor]]  #: "train" or "test" to images and labels
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-FASHION = ((0.22, 0.22, 0.22), (0.33, 0.33, 0.33))  # with the border of fashion_colour
+FASHION = ((0.22,) * 3, (0.33,) * 3)  # these four with the border of coloured
+OMNIGLOT = ((0.06,) * 3, (0.21,) * 3)
+KMNIST = ((0.14,) * 3, (0.31,) * 3)
+NOTMNIST = ((0.33,) * 3, (0.44,) * 3)
 GTSRB = ((0.34, 0.31, 0.32), (0.28, 0.27, 0.28))
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -101,20 +107,29 @@ def cifar10(part: str) -> tuple[Tensor, Tensor]:
 
 def cifar10_jpeg(part: str) -> tuple[Tensor, Tensor]:
     """All 50,000 training and 10,000 test pictures of CIFAR-10 as JPEG of quality 75, 3 x 32 x 32, class by class."""
-    from PIL import Image
-
     _check_part(part)
-    archive = data_folder("cifar10-jpeg") / f"{part}.tar.xz"
     images, labels = [], []
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if found := re.search(r"([a-z]+)/\d+\.jpg$", member.name):
-                    images.append(np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read()))))
-                    labels.append(CIFAR10_CLASSES.index(found[1]))
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{archive} must be a whole tar.xz of JPEG files, got a damaged one: {error}") from error
+    for found, picture in _pictures(data_folder("cifar10-jpeg") / f"{part}.tar.xz", r"([a-z]+)/\d+\.jpg$"):
+        images.append(np.asarray(picture))
+        labels.append(CIFAR10_CLASSES.index(found[1]))
     return _pixels(np.stack(images).transpose(0, 3, 1, 2)), torch.tensor(labels)
+
+
+def omniglot(part: str) -> tuple[Tensor, Tensor]:
+    """Which of 50 alphabets a character is of: ink 1 on 0, 28 x 28; of its 20 drawings the first 15 for training.
+
+    24,345 and 8,115 drawings, alphabets in the order of their names.
+    """
+    _check_part(part)
+    images, labels = [], []
+    for archive in ("images_background", "images_evaluation"):
+        pattern = r"([^/]+)/character\d+/\d+_(\d+)\.png$"
+        for found, picture in _pictures(data_folder("omniglot") / f"{archive}.tar.xz", pattern):
+            if (int(found[2]) <= 15) == (part == "train"):
+                images.append(1 - F.adaptive_avg_pool2d(_pixels(np.asarray(picture.convert("L"))[None]), 28))
+                labels.append(found[1])
+    names = {name: at for at, name in enumerate(sorted(set(labels)))}
+    return torch.stack(images), torch.tensor([names[label] for label in labels])
 
 
 def gtsrb(part: str) -> tuple[Tensor, Tensor]:
@@ -127,14 +142,22 @@ def gtsrb(part: str) -> tuple[Tensor, Tensor]:
 
 
 def fashion_colour(part: str) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST as 3 x 32 x 32, black around it; of its training pictures the first 12,000."""
-    images, labels = fashion_mnist(part)
-    if part == "train":
-        images, labels = images[:12_000], labels[:12_000]
-    return F.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1), labels
+    """Fashion-MNIST as 3 x 32 x 32; of its training pictures the first 12,000."""
+    images, labels = coloured(fashion_mnist)(part)
+    return (images[:12_000], labels[:12_000]) if part == "train" else (images, labels)
 
 
-def task(name: str, load, statistics: tuple[Sequence[float], Sequence[float]] | None = None) -> Task:
+def coloured(load: Loader) -> Loader:
+    """A set of grey 28 x 28 as 3 x 32 x 32, black around it."""
+
+    def loaded(part: str) -> tuple[Tensor, Tensor]:
+        images, labels = load(part)
+        return F.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1), labels
+
+    return loaded
+
+
+def task(name: str, load: Loader, statistics: tuple[Sequence[float], Sequence[float]] | None = None) -> Task:
     """Both parts of a set as a :class:`~mtzip.demo.tasks.Task`, normalised if statistics are given."""
     (train_images, train_labels), (test_images, test_labels) = load("train"), load("test")
     if statistics is not None:
@@ -157,6 +180,19 @@ def _pixels(values: np.ndarray) -> Tensor:
     if values.dtype != np.uint8:
         raise ValueError(f"pixels must be uint8, got {values.dtype}")
     return torch.from_numpy(np.array(values)).float().div_(255)  # np.array: a writable copy
+
+
+def _pictures(archive: Path, pattern: str) -> Iterator[tuple[re.Match[str], Any]]:
+    """What matched, and the PIL image, for every file of a tar.xz whose name ends as the pattern says."""
+    from PIL import Image
+
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if found := re.search(pattern, member.name):
+                    yield found, Image.open(io.BytesIO(tar.extractfile(member).read()))
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{archive} must be a whole tar.xz of pictures, got a damaged one: {error}") from error
 
 
 def _npz(file: Path) -> np.ndarray:

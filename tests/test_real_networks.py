@@ -76,6 +76,13 @@ def test_sets_without_training_images_are_split(load):
     assert [len(load(part)[1]) for part in ("train", "test")] == [8000, 2000]
 
 
+def test_omniglot_is_whole():
+    images, labels = data.omniglot("test")
+    assert images.shape == (8115, 1, 28, 28) and images.min() == 0 and images.max() == 1
+    counts = labels.bincount()  # five drawings of every character; alphabets have 14 to 55 characters
+    assert len(counts) == 50 and (counts % 5 == 0).all() and counts.sum() == 5 * 1623
+
+
 def test_unknown_part_and_missing_files(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="part must be 'train' or 'test'"):
         data.cifar10("validation")

@@ -64,6 +64,20 @@ def planned(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
     return mtzip.zip_networks(case.networks, images, share=mtzip.Budget(parameters=same / total))
 
 
+def one_after_another(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+    """The first two zipped, every other added with its own images alone."""
+    names = list(case.networks)
+    result = mtzip.zip_networks(
+        {name: case.networks[name] for name in names[:2]},
+        {name: images[name] for name in names[:2]},
+        share=case.share,
+        keep_moments=True,
+    )
+    for name in names[2:]:
+        result = mtzip.add_network(result, name, case.networks[name], images[name], share=case.share)
+    return result
+
+
 def originals(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
     """The networks as they are."""
     return mtzip.zip_networks(case.networks, images, share=0)
@@ -163,6 +177,8 @@ MERGED = "merged"
 #: For a part of the neurons only: everything shared leaves nothing to plan.
 PLANNING = ("mtzip", "planned")
 METHODS["planned"] = Method(planned)
+CHAIN = "one after another"
+METHODS[CHAIN] = Method(one_after_another)
 ZEROS = ("zeros counted", "zeros lost")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
-ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED))
+ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED, CHAIN))

@@ -1,8 +1,8 @@
-"""Residual networks: two ResNet-20 of the same task, of different tasks, and three and four at once."""
+"""Residual networks: two ResNet-20 of the same task, of different tasks, and up to six at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mtzip.demo.recipes import trained
 from mtzip.demo.train import Recipe
@@ -10,14 +10,20 @@ from mtzip.demo.train import Recipe
 from .. import data
 from ..networks import CifarResNet, pretrained
 from .case import Case, fewer_tests
-from .methods import ABLATIONS, BASELINES, MERGED
+from .methods import ABLATIONS, BASELINES, CHAIN, MERGED
 
 PAPER = "effective (no figure for this pair)"
 STEPS = 300  # of batch 128 a task
 #: Labels pull a zip away from what its originals have learnt from ten times as many images; chosen on training pictures
 #: that were kept apart.
 GENTLE = {"labels": False, "recipe": {"lr": 1e-3, "batchnorm": "train"}}
-FASHION = Recipe(epochs=2, rate=0.1)  # minutes; for the network that there are no weights of
+#: Tasks that there are no weights of: how to load, normalise and train them, in minutes.
+OTHERS = {
+    "fashion": (data.fashion_colour, data.FASHION, Recipe(epochs=2, rate=0.1)),
+    "omniglot": (data.coloured(data.omniglot), data.OMNIGLOT, Recipe(epochs=6, rate=0.1)),
+    "kmnist": (data.coloured(data.kmnist), data.KMNIST, Recipe(epochs=8, rate=0.1)),
+    "notmnist": (data.coloured(data.notmnist), data.NOTMNIST, Recipe(epochs=8, rate=0.1)),
+}
 
 
 def resnet20(classes: int) -> CifarResNet:
@@ -47,30 +53,23 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
 
 
 def _several(quick: bool, cifar: data.Task, signs: data.Task) -> Iterator[Case]:
-    """Two, three and four networks zipped jointly, at 90 % and 100 %."""
-    networks = {
-        "cifar10": pretrained("resnet20-cifar10/a"),
-        "gtsrb": pretrained("resnet20-gtsrb/a"),
-        "cifar10 b": pretrained("resnet20-cifar10/b"),
-    }
-    tasks = {"cifar10": cifar, "gtsrb": signs, "cifar10 b": cifar}
-    if quick:
-        tasks["gtsrb"] = fewer_tests(signs)
+    """Two, three ... six tasks, jointly and one after another; and three networks of which two have the same task."""
+    networks = {"cifar10": pretrained("resnet20-cifar10/a"), "gtsrb": pretrained("resnet20-gtsrb/a")}
+    tasks = {"cifar10": cifar, "gtsrb": fewer_tests(signs) if quick else signs}
     flips = ("cifar10", "cifar10 b", "fashion")
-    recipe = {"calibration": 500 if quick else 4000, "shift": 3, "flips": flips, **GENTLE}
-    for count in (2, 3) if quick else (2, 3, 4):
-        if count > len(networks):
-            fashion = data.task("fashion", data.fashion_colour, data.FASHION)
-            networks["fashion"], tasks["fashion"] = trained(resnet20, fashion, 1, FASHION), fashion
-        names = list(networks)[:count]
+    recipe = {"calibration": 500 if quick else 4000, "steps": 0 if quick else STEPS, "shift": 3, "flips": flips}
+
+    def of(names: Sequence[str], methods: tuple[str, ...]) -> Iterator[Case]:
         for share in (0.9, 1.0):
-            yield Case(
-                f"{count} ResNet-20: {', '.join(names)}",
-                {name: networks[name] for name in names},
-                {name: tasks[name] for name in names},
-                PAPER,
-                ("mtzip",),
-                share,
-                0 if quick else STEPS,
-                **recipe,
-            )
+            title = f"{len(names)} ResNet-20: {', '.join(names)}"
+            chosen = {name: networks[name] for name in names}, {name: tasks[name] for name in names}
+            yield Case(title, *chosen, PAPER, methods, share, **recipe, **GENTLE)
+
+    yield from of(("cifar10", "gtsrb"), ("mtzip",))
+    networks["cifar10 b"], tasks["cifar10 b"] = pretrained("resnet20-cifar10/b"), cifar
+    yield from of(("cifar10", "gtsrb", "cifar10 b"), ("mtzip",))
+    for seed, (name, (load, statistics, training)) in enumerate(() if quick else OTHERS.items(), start=1):
+        tasks[name] = data.task(name, load, statistics)
+        networks[name] = trained(resnet20, tasks[name], seed, training)
+        different = ("cifar10", "gtsrb", *list(OTHERS)[:seed])
+        yield from of(different, ("mtzip", CHAIN))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import mtzip
 from mtzip.network.zeros import nonzero
 
+from ..bfloat16 import SmallConvolutions
 from . import measure
 from .case import Case
 from .methods import METHODS
@@ -46,7 +48,8 @@ def rows(case: Case) -> Iterator[Row]:
                 loaders = case.loaders(case.labels or method.labels)
                 recovery = Recovery(zipped, case, before)
                 recovery(0)
-                mtzip.retrain(zipped, loaders, case.steps, seed=seed, log=recovery, **settings)
+                with SmallConvolutions() if settings.get("autocast") else contextlib.nullcontext():
+                    mtzip.retrain(zipped, loaders, case.steps, seed=seed, log=recovery, **settings)
                 stage = stages.setdefault(case.steps, _Stage())
                 _measure(stage, zipped, case, time.perf_counter() - start)
                 stage.recovered += [recovery.steps] if case.every else []

@@ -46,6 +46,9 @@ def check(zipped: Any, loaders: Any, **call: Any) -> None:
     for name, choices in CHOICES.items():
         if call[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {call[name]!r}")
+    if isinstance(call["optimizer"], str) and call["optimizer"] != "soap":
+        got = call["optimizer"]
+        raise ValueError(f"optimizer must be 'soap', an optimizer or a function that makes one, got {got!r}")
     if not call["temperature"] > 0:
         raise ValueError(f"temperature must be > 0, got {call['temperature']!r}")
     if call["dropout"] not in (None, True, False):

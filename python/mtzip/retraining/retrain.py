@@ -38,7 +38,7 @@ def retrain(
     distillation: str = "mse",
     temperature: float = 2.0,
     lr: float | None = None,
-    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | str | None = None,
     scheduler: Any = None,
     batchnorm: str = "frozen",
     dropout: bool | None = None,
@@ -77,9 +77,11 @@ def retrain(
         distillation: of the outputs: "mse" (relative to the variance of the teacher's outputs: fits logits and
             regression, and keeps zipped networks best) or "kl" (logits of a classifier).
         temperature: of "kl".
-        lr: peak learning rate of the default optimiser, Adam with warm-up and cosine decay to zero.
+        lr: peak learning rate of the default optimiser, Adam with warm-up and cosine decay to zero, and of "soap".
         optimizer: instance over the network's parameters, or factory ``optimizer(parameters)``; it brings its own
-            learning rate and no schedule.
+            learning rate and no schedule. "soap" is Adam in the eigenbases of the weights' gradients
+            (:mod:`mtzip.retraining.soap`), with Adam's schedule: a twentieth of the steps, at most 20, only look at
+            gradients, the others come further than Adam's.
         scheduler: instance, or factory ``scheduler(optimizer)``; stepped once a step.
         batchnorm: "frozen" leaves the statistics as zipping has fitted them and normalises with them, their affine is
             trained; "train" normalises by the batch and updates them.
