@@ -83,6 +83,38 @@ def test_half_precision_gives_float32(dtype, device, assert_within):
     assert_within(got, reference.neuron_distances(a, b), 1e-6)
 
 
+def rows_in_common(n: int, d: int, dtype, seed: int) -> torch.Tensor:
+    """Rows at all angles to one direction, from nearly parallel to nearly orthogonal, and a row of zeros."""
+    rows = cases.randn(n, d, seed=seed, dtype=dtype) * torch.logspace(1, -3, n, dtype=dtype)[:, None]
+    rows = rows + cases.randn(d, seed=99, dtype=dtype)
+    rows[n // 2] = 0
+    return rows
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+@pytest.mark.parametrize("n, m, d", [(70, 40, 64), (33, 50, 300), (19, 21, 1025)])
+def test_pairs_at_every_angle(isa, n, m, d, dtype, factor, assert_within):
+    """Where products cancel pairs are recomputed, one by one or a tile at once; which are, only their rows decide."""
+    a, b = rows_in_common(n, d, dtype, 0), rows_in_common(m, d, dtype, 1)
+    b[: min(n, m) : 3] = a[: min(n, m) : 3]
+    f = cases.randn(d, 90, seed=2) if factor else None
+    got = mtz_ext.neuron_distances(a, b, f)
+    assert_within(got, reference.neuron_distances(a, b, f), BOUND[dtype])
+    assert not got.diagonal()[::3].any(), "equal rows are at distance 0"
+    assert torch.equal(got, mtz_ext.neuron_distances(b, a, f).mT)
+    order = torch.randperm(n, generator=cases.generator(3))
+    assert torch.equal(got[order], mtz_ext.neuron_distances(a[order], b, f))
+    assert torch.equal(got[:3, :2], mtz_ext.neuron_distances(a[:3], b[:2], f))
+    assert torch.equal(got, mtz_ext.neuron_distances(a.mT.contiguous().mT, b, f))
+
+
+def test_a_nan_stays_in_its_row_among_many_columns(isa):
+    a, b = cases.randn(20, 100), cases.randn(18, 100, seed=1)
+    a[3, 7] = float("nan")
+    got = mtz_ext.neuron_distances(a, b)
+    assert got[3].isnan().all() and not got[[*range(3), *range(4, 20)]].isnan().any()
+
+
 sizes = st.integers(1, 40)
 
 

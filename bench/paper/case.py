@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mtzip.demo.tasks import Task
 
-BATCH = 128  # images a task in a retraining step
+BATCH = 128  # images a task in a retraining step, unless a case says otherwise
 QUICK_TEST = 5  # a quick run measures on every so many test images where there are many
 
 
@@ -29,6 +29,7 @@ class Case:
         methods: names in :data:`bench.paper.methods.METHODS`, in the order of the table.
         share: as :func:`mtzip.zip_networks` takes it.
         steps: of retraining, one batch of every task each; 0 for none.
+        batch: images of a task in a step.
         calibration: unlabelled training images a task.
         shift: pixels that training images are moved by, at most.
         flips: tasks whose training images are mirrored half of the time.
@@ -47,6 +48,7 @@ class Case:
     methods: tuple[str, ...]
     share: Any = 1.0
     steps: int = 0
+    batch: int = BATCH
     calibration: int = 2000
     shift: int = 0
     flips: tuple[str, ...] = ()
@@ -79,7 +81,9 @@ class Case:
 
     def loaders(self, labels: bool) -> dict[str, Batches]:
         """Task to training batches without test images."""
-        return {name: Batches(task, self.shift, name in self.flips, labels=labels) for name, task in self.tasks.items()}
+        return {
+            name: Batches(task, self.shift, name in self.flips, self.batch, labels) for name, task in self.tasks.items()
+        }
 
 
 class Batches:

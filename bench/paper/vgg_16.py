@@ -8,10 +8,11 @@ from .. import data
 from ..networks import pretrained
 from .case import Case
 from .methods import ABLATIONS, BASELINES
-from .resnets import GENTLE
 
 PAPER = "+3.18 (ImageNet, CelebA, full width)"
 STEPS = 400  # of batch 128 a task
+#: As with the residual networks, and 0.3 better than Adam.
+GENTLE = {"labels": False, "recipe": {"lr": 1e-3, "optimizer": "soap", "batchnorm": "train"}}
 
 
 def cases(quick: bool, ablations: bool) -> Iterator[Case]:

@@ -21,10 +21,7 @@ from .. import bfloat16, data
 from ..networks import Vgg16
 from .case import Batches, Case
 from .methods import BASELINES
-from .resnets import GENTLE
-
-PAPER = "+3.18 (ImageNet, CelebA, full width)"
-STEPS = 400  # of batch 128 a task
+from .vgg_16 import GENTLE, PAPER, STEPS
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Soap(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-3,
         look: int = 20,
-        most: int = 8192,
+        most: int = 4096,
     ):
         if not (isinstance(look, int) and look >= 1):
             raise ValueError(f"look must be a positive integer, got {look!r}; one gradient at least gives a basis")
