@@ -145,7 +145,7 @@ def _scratch_recipe(case: Case) -> dict[str, Any]:
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, case.rate, total_steps=case.steps + 1, pct_start=0.2)
 
-    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train", "lr": None}
+    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train", "lr": None, "distill": "outputs"}
 
 
 METHODS: dict[str, Method] = {
@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
     "zeros lost": Method(zipped(keep_zeros=False)),
     "permuted": Method(permuted),
     "from scratch": Method(from_scratch, _scratch_recipe, before=False, labels=True),
-    "pruned": Method(pruned_apart),
+    "pruned": Method(pruned_apart, lambda case: {"distill": "outputs"}),  # no layer is shared
     # Ablations: one idea changed at a time.
     "no refit": Method(zipped(method="mtz")),
     "no refit, pixel moments": Method(zipped(moment_of_pixels, method="mtz")),

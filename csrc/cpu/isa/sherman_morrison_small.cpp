@@ -1,4 +1,5 @@
 // Many small inverses: each is copied into cache, takes all its updates there and is copied back if they all succeed.
+// In between only its upper triangle of tiles is right: the lower one costs a transpose a tile and block of vectors.
 #include "cpu/isa/sherman_morrison.h"
 
 namespace mtz::cpu::MTZ_ISA {
@@ -17,10 +18,12 @@ template <class T>
 int update_block(const Layout<T>& at, T* matrix, const T* y, const double* sign, T* v, T* u, T* vt) {
     constexpr Index P = kPanel<T>;
     const Index n = at.panels;
-    for (Index e = 0; e < at.vectors(); ++e) v[e] = 0;
+    for (Index e = 0; e < at.vectors(); ++e) vt[e] = 0;
     for (Index j = 0; j < n; ++j) {
-        add_tile<T, Product>(y, matrix + j * P, straight(n * P, P, at.row), v + j * P * P);
-        transpose_tile(v + j * P * P, P, vt + j * P * P, P);
+        T *tile = vt + j * P * P, *diagonal = matrix + j * P * at.row + j * P;
+        add_tile<T, Product>(matrix + j * P, y, straight(j * P, at.row, P), tile);
+        add_tile_of_rows(diagonal, at.row, y + j * P * P, (n - j) * P, tile);
+        transpose_tile(tile, P, v + j * P * P, P);
     }
     T product[P * P] = {};
     add_tile<T, Product>(vt, y, straight(n * P, P, P), product);
@@ -31,14 +34,9 @@ int update_block(const Layout<T>& at, T* matrix, const T* y, const double* sign,
     if (status != kUpdated) return status;
     for (Index j = 0; j < n; ++j) solve_panel(l, pivot, P, v + j * P * P, u + j * P * P);
     for (Index i = 0; i < n; ++i)
-        for (Index j = i; j < n; ++j) {
-            T* tile = matrix + i * P * at.row + j * P;
-            add_tile<T, Product>(u + i * P * P, v + j * P * P, straight(P, P, P), tile, at.row);
-            if (i == j)
-                mirror_diagonal(tile, at.row);
-            else
-                transpose_tile(tile, at.row, matrix + j * P * at.row + i * P, at.row);
-        }
+        for (Index j = i; j < n; ++j)
+            add_tile<T, Product>(u + i * P * P, v + j * P * P, straight(P, P, P), matrix + i * P * at.row + j * P,
+                                 at.row);
     return kUpdated;
 }
 
@@ -74,6 +72,11 @@ int update_small(const ShermanMorrisonArgs& g, Index p, T* work) {
         if (status != kUpdated) return status;
     }
 
+    for (Index i = 0; i < at.panels; ++i) {
+        mirror_diagonal(matrix + i * P * at.row + i * P, at.row);
+        for (Index j = i + 1; j < at.panels; ++j)
+            transpose_tile(matrix + i * P * at.row + j * P, at.row, matrix + j * P * at.row + i * P, at.row);
+    }
     for (Index i = 0; i < g.d; ++i) {
         const double diagonal = double(matrix[i * at.row + i]);
         if (!finite(diagonal)) return kNotFinite;
