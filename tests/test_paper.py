@@ -112,6 +112,13 @@ def test_batches_come_from_the_training_set_with_their_labels():
         assert [of_image[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
+def test_a_case_says_how_large_batches_are_and_whether_they_have_labels(case):
+    chosen = Case(**{**vars(case), "batch": 50})
+    images, labels = next(iter(chosen.loaders(True)["b"]))
+    assert len(images) == len(labels) == 50
+    assert len(next(iter(chosen.loaders(False)["a"]))) == 50 and len(next(iter(case.loaders(False)["a"]))) == 128
+
+
 def test_mirrored_batches_have_about_half_of_the_images_mirrored():
     task = task_of("a")
     torch.manual_seed(0)
@@ -183,6 +190,19 @@ def test_untrained_trunk_is_shared_whole_and_new(case):
     assert {tuple(row.flatten().tolist()) for row in a.conv.weight} == first  # averaging equal rows changes nothing
     parts = fresh.parameter_count()
     assert parts < sum(p.numel() for n in case.networks.values() for p in n.parameters())
+
+
+def test_one_after_another_is_the_joint_zip_of_two_and_adds_the_third(case):
+    def made(method: str, chosen: Case):
+        return methods.METHODS[method].make(chosen, chosen.images(0), 0)
+
+    x = case.images(0)["a"]
+    assert torch.equal(made(methods.CHAIN, case)["a"](x), made("mtzip", case)["a"](x))
+    networks, tasks = {**case.networks, "c": network(2, 5)}, {**case.tasks, "c": task_of("c", 5, 2)}
+    three = Case("small", networks, tasks, "?", (), calibration=200)
+    chain, joint = made(methods.CHAIN, three), made("mtzip", three)
+    assert list(chain) == list(joint) == ["a", "b", "c"]
+    assert chain.parameter_count() == joint.parameter_count()
 
 
 @pytest.mark.parametrize("make", [lambda classes: Vgg16(classes, 8), lambda classes: CifarResNet(1, classes)])
