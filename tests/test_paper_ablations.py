@@ -109,6 +109,14 @@ def test_ablations_have_every_idea_once():
     assert not set(methods.ABLATIONS) & {*methods.BASELINES, *methods.PLANNING}
 
 
+@pytest.mark.parametrize("distill", [None, "outputs", "both"])
+def test_no_ablation_is_the_recipe_itself(distill):
+    recipe = {} if distill is None else {"distill": distill}
+    changes = [methods.METHODS[name].retrain(None) for name in methods.ablations_of(recipe)]
+    assert {"distill": distill or "outputs"} not in changes
+    assert len(methods.ablations_of(recipe)) == len(methods.ABLATIONS) - 1
+
+
 def test_fewer_tests_keep_images_with_their_labels():
     task = small_case().tasks["a"]
     few = fewer_tests(task)

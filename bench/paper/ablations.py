@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from . import lenet_5, vgg_16
 from .case import Case, fewer_tests
-from .methods import ABLATIONS, PLANNING
+from .methods import PLANNING, ablations_of
 
 PLANNED_SHARE = 0.8  # of every axis, against a budget of as many parameters
 
@@ -19,5 +19,5 @@ def cases(quick: bool, ablations: bool = True) -> Iterator[Case]:
         if quick:
             tasks = {name: fewer_tests(task) for name, task in case.tasks.items()}
             case = dataclasses.replace(case, tasks=tasks, steps=steps, calibration=1000)
-        yield dataclasses.replace(case, methods=("mtzip", *ABLATIONS))
+        yield dataclasses.replace(case, methods=("mtzip", *ablations_of(case.recipe)))
         yield dataclasses.replace(case, methods=PLANNING, share=PLANNED_SHARE)

@@ -13,7 +13,7 @@ from .. import data
 from ..networks import pretrained
 from . import in_turn
 from .case import Case
-from .methods import ABLATIONS, BASELINES
+from .methods import BASELINES, ablations_of
 
 PAPER = "recovers after some hundred steps"
 STEPS = 100
@@ -57,7 +57,9 @@ def _pair(
             yield Case(*pair, ("mtzip", "average"), dict.fromkeys(layers[:count], 1.0), **recipe)
         for share in PARTS:
             yield Case(*pair, ("mtzip", "average", "permuted"), share, **recipe)
-    yield Case(*pair, ("mtzip", *ABLATIONS) if ablations else BASELINES, 1.0, STEPS, **recipe, **GENTLE)
+    yield Case(
+        *pair, ("mtzip", *ablations_of(GENTLE["recipe"])) if ablations else BASELINES, 1.0, STEPS, **recipe, **GENTLE
+    )
     same = len({id(task) for task in tasks.values()}) == 1
     if not ablations and (same or not quick):
         yield from in_turn.cases(name, *pair, quick)

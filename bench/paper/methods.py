@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,8 +169,9 @@ METHODS: dict[str, Method] = {
     "damping 1e-3": Method(zipped(damping=1e-3)),
     "damping 1e-1": Method(zipped(damping=1e-1)),
     "reconstruction": Method(zipped(reconstructions=1)),
-    "no distillation": Method(zipped(), lambda case: {"teachers": {}}, labels=True),
+    "no distillation": Method(zipped(), lambda case: {"teachers": {}, "distill": "outputs"}, labels=True),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
+    "outputs only": Method(zipped(), lambda case: {"distill": "outputs"}),
 }
 #: A trunk merged of all tasks', whatever would be better.
 MERGED = "merged"
@@ -182,3 +183,10 @@ METHODS[CHAIN] = Method(one_after_another)
 ZEROS = ("zeros counted", "zeros lost")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
 ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED, CHAIN))
+#: What is imitated, and the ablation that changes nothing where it is.
+_IDLE = {"outputs": "outputs only", "both": "features too"}
+
+
+def ablations_of(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ablations that differ from a recipe of retraining."""
+    return tuple(name for name in ABLATIONS if name != _IDLE[recipe.get("distill", "outputs")])

@@ -10,7 +10,7 @@ from mtzip.demo.train import Recipe
 from .. import data
 from ..networks import CifarResNet, pretrained
 from .case import Case, fewer_tests
-from .methods import ABLATIONS, BASELINES, CHAIN, MERGED
+from .methods import BASELINES, CHAIN, MERGED, ablations_of
 
 PAPER = "effective (no figure for this pair)"
 STEPS = 300  # of batch 128 a task
@@ -35,7 +35,7 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     """Two CIFAR-10 networks at 90 %; CIFAR-10 and GTSRB with the whole trunk shared, without a step; then several."""
     cifar = data.task("cifar10", data.cifar10, data.IMAGENET)
     methods = ("originals", "mtzip", MERGED, "average", "permuted") if quick else (*BASELINES, MERGED)
-    methods = ("mtzip", *ABLATIONS) if ablations else methods
+    methods = ("mtzip", *ablations_of(GENTLE["recipe"])) if ablations else methods
     # The training set of CIFAR-10 has 4,000 pictures: all of them calibrate.
     recipe = {"calibration": 1000 if quick else 4000, "shift": 3, **GENTLE}
     pair = {letter: pretrained(f"resnet20-cifar10/{letter}") for letter in "ab"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from .. import data
 from ..networks import pretrained
 from .case import Case
-from .methods import ABLATIONS, BASELINES
+from .methods import BASELINES, ablations_of
 
 PAPER = "+3.18 (ImageNet, CelebA, full width)"
 STEPS = 400  # of batch 128 a task
@@ -23,7 +23,7 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     }
     networks = {"cifar10": pretrained("vgg16-quarter-bn/cifar10-jpeg"), "gtsrb": pretrained("vgg16-quarter-bn/gtsrb")}
     methods = ("originals", "mtzip", "average", "permuted") if quick else BASELINES
-    methods = ("mtzip", *ABLATIONS) if ablations else methods
+    methods = ("mtzip", *ablations_of(GENTLE["recipe"])) if ablations else methods
     recipe = {
         "steps": 50 if quick else STEPS,
         "calibration": 1000 if quick else 4000,
