@@ -12,7 +12,7 @@ from torch import nn
 
 import mtzip
 from bench.paper import __main__ as command
-from bench.paper import ablated, largest_share, methods, resnets, run, vgg_16
+from bench.paper import ablated, largest_share, methods, resnets, run
 from bench.paper.case import Case, fewer_tests
 from mtzip import within
 from mtzip.demo.tasks import Task
@@ -134,10 +134,15 @@ def test_search_finds_the_largest_share_that_holds(limit, expected, monkeypatch,
         return iter([SimpleNamespace(worst=9.0), SimpleNamespace(worst=0.4 if share <= limit else 0.6)])
 
     monkeypatch.setattr(largest_share, "rows", rows)
-    monkeypatch.setattr(vgg_16, "cases", lambda quick, ablations: iter([small_case(steps=1)]))
-    found = list(largest_share.search(quick=False))
+    found = list(largest_share.search(iter([small_case(steps=1)]), quick=False))
     assert len(found) == 2 * len(tried) and len(tried) <= 5
     assert f"both: {expected:.0%}\n" in capsys.readouterr().out
+
+
+def test_shares_that_are_given_are_tried_and_no_others():
+    found = list(largest_share.search(iter([small_case(steps=1)]), False, 0, "cpu", (0.3, 0.5)))
+    assert [(row.steps, row.share) for row in found] == [(0, "budget 85.0%"), (0, "budget 75.0%")]
+    assert found[0].case.endswith(", 30% of parameters") and found[0].stored > found[1].stored
 
 
 def test_rows_of_a_budget_name_it_and_the_worst_task():
