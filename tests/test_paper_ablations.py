@@ -140,9 +140,9 @@ def test_search_finds_the_largest_share_that_holds(limit, expected, monkeypatch,
 
 
 def test_shares_that_are_given_are_tried_and_no_others():
-    found = list(largest_share.search(iter([small_case(steps=1)]), False, 0, "cpu", (0.3, 0.5)))
-    assert [(row.steps, row.share) for row in found] == [(0, "budget 85.0%"), (0, "budget 75.0%")]
-    assert found[0].case.endswith(", 30% of parameters") and found[0].stored > found[1].stored
+    found = list(largest_share.search(iter([small_case(steps=1)]), False, 0, "cpu", (0.2, 0.3)))
+    assert [(row.steps, row.share) for row in found] == [(0, "budget 90.0%"), (0, "budget 85.0%")]
+    assert found[0].case.endswith(", 20% of parameters") and found[0].stored > found[1].stored
 
 
 def test_rows_of_a_budget_name_it_and_the_worst_task():
