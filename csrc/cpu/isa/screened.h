@@ -16,11 +16,12 @@ template <class T>
 constexpr double kCancels = sizeof(T) == 4 ? 2.0 : 1048576.0;
 
 constexpr Index kWorthScreening = 64;  // columns: with fewer, nearly parallel rows are common and the rest is overhead
-constexpr int kDense = 64;             // of a tile's pairs: recomputing that many one by one costs more than the tile
+constexpr Index kMany = 32;            // one pair in so many: subtracting a whole block costs less than those alone
 
 template <class T>
 inline Index screened_workspace(const Blocks& b) {
-    return block_workspace<T>(b) + (b.rows + b.columns) * Index(sizeof(double) / sizeof(T));
+    const Index bytes = (b.rows + b.columns) * Index(sizeof(double)) + b.rows * b.columns;
+    return block_workspace<T>(b) + ceil_div(bytes, 64) * kPanel<T>;
 }
 
 // half[r] += 1/2 sum_k panel[k, r]^2
@@ -32,12 +33,12 @@ inline void add_half_norms(const T* panel, Index depth, double* half) {
         for (Index r = 0; r < P; ++r) half[r] += 0.5 * double(panel[k * P + r]) * double(panel[k * P + r]);
 }
 
-// What a block's pairs are recomputed from: its rows, room for a panel of either matrix, and pairs that wait until there
+// What pairs of a block are recomputed from: its rows, room for a panel of either matrix, and pairs that wait until there
 // is one for every lane.
 template <class T, class Out>
 struct Cancelled {
     const T *a, *b;
-    Index a_row, a_column, b_row, b_column, rows, columns, d;
+    Index a_row, a_column, b_row, b_column, d;
     Out* out;
     Index out_row;
     T *a_panel, *b_panel;  // [kDepth, P]
@@ -79,24 +80,6 @@ struct Cancelled {
         j[count] = column;
         if (++count == kPanel<T>) flush();
     }
-
-    // Those of a tile that cancel, with the sums of all; the same bits.
-    void whole(Index row, Index column, const bool* near) {
-        constexpr Index P = kPanel<T>;
-        alignas(64) T tile[P * P] = {};
-        const Index down = smaller(P, rows - row), across = smaller(P, columns - column);
-        for (Index k0 = 0; k0 < d; k0 += kDepth) {
-            const Index depth = smaller(kDepth, d - k0);
-            pack_panel(a + row * a_row + k0 * a_column, a_row, a_column, down, depth, a_panel);
-            pack_panel(b + column * b_row + k0 * b_column, b_row, b_column, across, depth, b_panel);
-            for (Index k = 0; k < depth; k += kRun)
-                add_tile<T, Difference>(a_panel + k * P, b_panel + k * P, straight(smaller(kRun, depth - k), P, P),
-                                        tile);
-        }
-        for (Index r = 0; r < down; ++r)
-            for (Index c = 0; c < across; ++c)
-                if (near[r * P + c]) out[(row + r) * out_row + column + c] = Out(T(0.5) * tile[r * P + c]);
-    }
 };
 
 // One block, as block_of_rows with Difference. `memory` is [screened_workspace], aligned to 64.
@@ -107,42 +90,49 @@ inline void screened_block(const T* a, Index a_row, Index a_column, const T* b, 
     const Work<T> work(memory, blocks);
     double* a_half = reinterpret_cast<double*>(memory + block_workspace<T>(blocks));
     double* b_half = a_half + blocks.rows;
+    bool* near = reinterpret_cast<bool*>(b_half + blocks.columns);  // [down, across, P, P], as the tiles
     const Index down = ceil_div(rows, P), across = ceil_div(columns, P);
     for (Index r = 0; r < blocks.rows + blocks.columns; ++r) a_half[r] = 0;
     sum_block<Product>(a, a_row, a_column, b, b_row, b_column, rows, columns, d, work, [&](Index depth) {
         for (Index i = 0; i < down; ++i) add_half_norms(work.a_panels + i * depth * P, depth, a_half + i * P);
         for (Index j = 0; j < across; ++j) add_half_norms(work.b_panels + j * depth * P, depth, b_half + j * P);
     });
-    Cancelled<T, Out> cancelled{a, b,   a_row,   a_column,      b_row,         b_column, rows, columns,
-                                d, out, out_row, work.a_panels, work.b_panels, 0,        {},   {}};
-    for (Index i = 0; i < down; ++i)
-        for (Index j = 0; j < across; ++j) {
-            const T* tile = work.tiles + (i * across + j) * P * P;
-            const Index height = smaller(P, rows - i * P), width = smaller(P, columns - j * P);
-            bool near[P * P];
-            int count = 0;
-            for (Index r = 0; r < height; ++r) {
-                Out values[P];
-                const double half = a_half[i * P + r];
+    // `visit(place among the tiles, row and first column of the block, columns)` for every row of every tile
+    const auto each = [&](auto&& visit) {
+        for (Index i = 0; i < down; ++i)
+            for (Index j = 0; j < across; ++j)
+                for (Index r = 0; r < smaller(P, rows - i * P); ++r)
+                    visit(((i * across + j) * P + r) * P, i * P + r, j * P, smaller(P, columns - j * P));
+    };
+    Index count = 0;
+    each([&](Index at, Index i, Index j, Index width) {
+        Out values[P];
 #pragma GCC unroll 16
-                for (Index c = 0; c < P; ++c) {
-                    const double norms = half + b_half[j * P + c], value = norms - double(tile[r * P + c]);
-                    values[c] = Out(value);
-                    near[r * P + c] = !(value * kCancels<T> >= norms);  // NaN too
-                }
-                for (Index c = 0; c < width; ++c) {
-                    out[(i * P + r) * out_row + j * P + c] = values[c];
-                    count += near[r * P + c];
-                }
-            }
-            if (count > kDense)
-                cancelled.whole(i * P, j * P, near);
-            else if (count > 0)
-                for (Index r = 0; r < height; ++r)
-                    for (Index c = 0; c < width; ++c)
-                        if (near[r * P + c]) cancelled.add(i * P + r, j * P + c);
+        for (Index c = 0; c < P; ++c) {
+            const double norms = a_half[i] + b_half[j + c], value = norms - double(work.tiles[at + c]);
+            values[c] = Out(value);
+            near[at + c] = !(value * kCancels<T> >= norms);  // NaN too
         }
-    if (cancelled.count > 0) cancelled.flush();
+#pragma GCC unroll 16
+        for (Index c = 0; c < P; ++c) count += near[at + c];  // columns that are missing are not near
+        Out* to = out + i * out_row + j;
+        for (Index c = 0; c < width; ++c) to[c] = values[c];
+    });
+    if (count * kMany > rows * columns) {
+        sum_block<Difference>(a, a_row, a_column, b, b_row, b_column, rows, columns, d, work, [](Index) {});
+        each([&](Index at, Index i, Index j, Index width) {
+            for (Index c = 0; c < width; ++c)
+                if (near[at + c]) out[i * out_row + j + c] = Out(T(0.5) * work.tiles[at + c]);
+        });
+    } else if (count > 0) {
+        Cancelled<T, Out> cancelled{a,   b,       a_row,         a_column,      b_row, b_column, d,
+                                    out, out_row, work.a_panels, work.b_panels, 0,     {},       {}};
+        each([&](Index at, Index i, Index j, Index width) {
+            for (Index c = 0; c < width; ++c)
+                if (near[at + c]) cancelled.add(i, j + c);
+        });
+        if (cancelled.count > 0) cancelled.flush();
+    }
 }
 
 }  // namespace mtz::cpu::MTZ_ISA
