@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_coordinates_do_not_matter(rows, columns, seed):
     def turned(weight, step):
         return left @ gradient(left.T @ weight @ right, step) @ right.T
 
-    make = lambda p: Soap(p, 0.05, look=10)  # noqa: E731
+    make = partial(Soap, lr=0.05, look=10)
     ours = descended(start, gradient, 20, make)
     there = descended(left @ start @ right.T, turned, 20, make)
     torch.testing.assert_close(left @ ours @ right.T, there, rtol=1e-6, atol=1e-6)

@@ -19,7 +19,7 @@ from .run import rows
 from .table import Row, table, write_csv
 
 EXPERIMENTS = (
-    *("lenet-300-100", "lenet-5", "vgg-16", "vgg-16-full-width", "vgg-16-full-size", "resnets"),
+    *("lenet-300-100", "lenet-5", "vgg-16", "vgg-16-full-width", "vgg-16-full-size", "resnets", "resnets-tasks"),
     *("ablations", "largest-share", "largest-share-full-width"),
 )
 
@@ -37,7 +37,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, metavar="N", help="average N runs in place of the experiment's own number")
     parser.add_argument("--steps", type=int, metavar="N", help="of retraining, in place of the experiment's own number")
-    parser.add_argument("--shares", metavar="S,S", help="largest-share: try these fractions in place of halving")
+    parser.add_argument(
+        "--shares",
+        type=_fractions,
+        default=(),
+        metavar="S,S",
+        help="largest-share: try these fractions in place of halving",
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, after each")
     parser.add_argument("--images", type=int, metavar="N", help="vgg-16-full-size: images a task (1,024)")
@@ -74,14 +80,20 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     return found
 
 
+def _fractions(text: str) -> tuple[float, ...]:
+    """``"0.5,0.9"`` as numbers, for argparse."""
+    found = tuple(map(float, text.split(",")))
+    if not all(0 < fraction <= 1 for fraction in found):
+        raise ValueError
+    return found
+
+
 def _rows(options: argparse.Namespace, chosen: tuple[str, ...] | None) -> Iterator[Row]:
     """The rows of an experiment with what the command line changes of it."""
     if options.name.startswith("largest-share"):
         source = vgg_16 if options.name == "largest-share" else vgg_16_full_width
-        shares = [float(share) for share in options.shares.split(",")] if options.shares else ()
-        yield from largest_share.search(
-            source.cases(options.quick, False), options.quick, options.steps, options.device, shares
-        )
+        cases = source.cases(options.quick, False)
+        yield from largest_share.search(cases, options.quick, options.steps, options.device, options.shares)
         return
     experiment = importlib.import_module(f"bench.paper.{options.name.replace('-', '_')}")
     for case in experiment.cases(options.quick, options.ablations):
