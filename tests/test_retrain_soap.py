@@ -64,6 +64,30 @@ def test_coordinates_do_not_matter(rows, columns, seed):
     torch.testing.assert_close(left @ ours @ right.T, there, rtol=1e-6, atol=1e-6)
 
 
+def test_a_wide_convolution_has_bases_of_channels_and_of_pixels():
+    """Turned along rows, channels and pixels, each by itself, every step turns along; the columns are too many."""
+    torch.manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (4, 5, 6)]
+    start, target = torch.randn(4, 5, 2, 3, dtype=torch.float64), torch.randn(20, 4, 5, 2, 3, dtype=torch.float64)
+
+    def along(weight, turns):
+        return torch.einsum("ra,cb,pd,abd->rcp", *turns, weight.flatten(2)).reshape(weight.shape)
+
+    def gradient(weight, step):
+        return weight - target[step]
+
+    def turned(weight, step):
+        return along(gradient(along(weight, [turn.T for turn in turns]), step), turns)
+
+    make = partial(Soap, lr=0.05, look=10, most=29)
+    ours = descended(start, gradient, 20, make)
+    torch.testing.assert_close(
+        along(ours, turns), descended(along(start, turns), turned, 20, make), rtol=1e-6, atol=1e-6
+    )
+    whole = descended(start, gradient, 20, partial(Soap, lr=0.05, look=10))  # 30 columns
+    assert (ours - whole).abs().max() > 1e-3
+
+
 def test_gradients_that_are_zero_leave_the_weight_as_it_is():
     start = torch.randn(3, 5)
     assert torch.equal(descended(start, lambda w, _: torch.zeros(3, 5), 5, lambda p: Soap(p, look=2)), start)

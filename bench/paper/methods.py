@@ -168,7 +168,7 @@ METHODS: dict[str, Method] = {
     "no affine": Method(zipped(affine=False)),
     "damping 1e-3": Method(zipped(damping=1e-3)),
     "damping 1e-1": Method(zipped(damping=1e-1)),
-    "reconstruction": Method(zipped(reconstructions=1)),
+    "no substitution": Method(zipped(reconstructions=0)),
     "no distillation": Method(zipped(), lambda case: {"teachers": {}, "distill": "outputs"}, labels=True),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
     "outputs only": Method(zipped(), lambda case: {"distill": "outputs"}),

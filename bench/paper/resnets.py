@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from .. import data
+from .. import bfloat16, data
 from ..networks import pretrained
 from .case import Case, fewer_tests
 from .methods import BASELINES, MERGED, ablations_of
@@ -15,7 +15,13 @@ PAPER = "effective (no figure for this pair)"
 STEPS = 300  # of batch 128 a task
 #: Labels pull a zip away from what its originals have learnt from ten times as many images; chosen on training pictures
 #: that were kept apart.
-GENTLE = {"labels": False, "recipe": {"lr": 1e-3, "batchnorm": "train"}}
+GENTLE = {
+    "labels": False,
+    "recipe": {
+        **{"lr": 2e-3, "optimizer": "soap", "batchnorm": "train", "distill": "both"},
+        "autocast": bfloat16.pays(),  # 2.4 times the images a second with tile registers
+    },
+}
 
 
 def cases(quick: bool, ablations: bool) -> Iterator[Case]:
@@ -32,7 +38,7 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     networks = {"cifar10": pretrained("resnet20-cifar10/a"), "gtsrb": pretrained("resnet20-gtsrb/a")}
     tasks = {"cifar10": cifar, "gtsrb": signs}
     at_once = tuple(
-        name for name in methods if name not in ("from scratch", "pruned", "no distillation", "features too")
+        name for name in methods if name not in ("from scratch", "pruned", "no distillation", "outputs only")
     )
     yield Case("ResNet-20 CIFAR-10 + GTSRB", networks, tasks, PAPER, at_once, 1.0, **recipe)
     if not ablations:

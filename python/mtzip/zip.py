@@ -38,7 +38,7 @@ def zip_networks(
     matching: str = "optimal",
     affine: bool = True,
     damping: float | None = None,
-    reconstructions: int = 0,
+    reconstructions: int = 1,
     follow: bool | Mapping[str, str] = True,
     samples: int | None = None,
     correspondence: Sequence[Given] | None = None,
@@ -73,7 +73,7 @@ def zip_networks(
         damping: ridge of the second moments, relative to their mean diagonal; None chooses 0.1 times columns over
             positions, at least 0.001.
         reconstructions: how often the fit's target is adapted to the ReLU or max-pooling behind a layer (refit only);
-            each costs a fraction of a forward pass.
+            each costs a fraction of a forward pass, and more than one has not paid.
         follow: whether a task may follow another: take over the trunk of another's network as it is, its head fitted
             to that by least squares, where this keeps the outputs of all tasks together better than merging the
             trunks (refit only). Networks trained apart for one task are like that. They must be one graph and take

@@ -16,7 +16,8 @@ class Soap(torch.optim.Optimizer):
     """Adam in the basis in which a weight's gradients are uncorrelated.
 
     For every weight, taken as a matrix G of [first size, rest], the first ``look`` gradients move nothing: they add up
-    to G G^T and G^T G, whose eigenvectors are the basis from then on. For the distance to a teacher these are, but for
+    to G G^T and G^T G, whose eigenvectors are the basis from then on; of a convolution with many columns channels and
+    pixels are sides of their own. For the distance to a teacher these are, but for
     scale, the two Kronecker factors of the loss' Hessian (Shampoo, Gupta et al. 2018), and Adam's division by the root
     of the mean square is a step along each of their eigenvectors by itself (SOAP, Vyas et al. 2024). Here the basis
     stays: retraining that is light hardly moves it, and a step costs two products of small matrices more than Adam's.
@@ -29,7 +30,8 @@ class Soap(torch.optim.Optimizer):
         eps: of the root of the mean square over all a weight's gradients, added to that of each: where there are next
             to none, as along constant inputs, Adam's full steps would follow rounding.
         look: gradients of a weight that are only looked at.
-        most: a side of more rows or columns keeps the basis it has; an eigenbasis of n takes n^2 numbers and n^3 work.
+        most: a convolution of more columns is split into channels and pixels, and a side that is longer still keeps the
+            basis it has; an eigenbasis of n takes n^2 numbers and n^3 work.
     """
 
     def __init__(
@@ -82,40 +84,48 @@ def _step(
     **_: Any,
 ) -> None:
     gradient = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
-    gradient = gradient.reshape(len(gradient), -1) if gradient.dim() > 1 else gradient
+    gradient = gradient.reshape(_sides(gradient, most))
     if not state:
         state["step"] = 0
         state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        for side, size in zip(("rows", "columns"), gradient.shape, strict=False):
-            if gradient.dim() > 1 and size <= most:
-                state[side] = gradient.new_zeros(size, size)
+        for side, size in enumerate(gradient.shape if gradient.dim() > 1 else ()):
+            if size <= most:
+                state[f"basis {side}"] = gradient.new_zeros(size, size)
     state["step"] += 1
-    rows, columns = state.get("rows"), state.get("columns")
+    bases = {side: state[f"basis {side}"] for side in range(gradient.dim()) if f"basis {side}" in state}
     if state["step"] <= look:
-        if rows is not None:
-            rows.addmm_(gradient, gradient.T)
-        if columns is not None:
-            columns.addmm_(gradient.T, gradient)
-        if state["step"] == look:
-            for side in {"rows", "columns"} & set(state):
-                state[side] = _eigenbasis(state[side])
+        for side, moment in bases.items():
+            rows = gradient.movedim(side, 0).flatten(1)
+            moment.addmm_(rows, rows.T)
+            if state["step"] == look:
+                state[f"basis {side}"] = _eigenbasis(moment)
         return
     steps = state["step"] - look
-    gradient = _turned(gradient, None if rows is None else rows.T, columns)
+    gradient = _turned(gradient, bases)
     mean, square = state["mean"], state["square"]
     mean.lerp_(gradient, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     square = square / (1 - betas[1] ** steps)
     root = square.sqrt() + eps * square.mean().sqrt() + TINY
     update = mean / (1 - betas[0] ** steps) / root
-    update = _turned(update, rows, None if columns is None else columns.T)
+    update = _turned(update, {side: basis.T for side, basis in bases.items()})
     parameter.sub_((lr * update).reshape(parameter.shape))
 
 
-def _turned(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """``left @ matrix @ right``; None is the identity."""
-    matrix = matrix if left is None else left @ matrix
-    return matrix if right is None else matrix @ right
+def _sides(gradient: Tensor, most: int) -> list[int]:
+    """[rows, columns]; of a convolution whose columns are too many, [rows, channels, pixels]."""
+    if gradient.dim() < 2:
+        return list(gradient.shape)
+    rows, *rest = gradient.shape
+    columns = math.prod(rest)
+    return [rows, columns] if columns <= most or len(rest) == 1 else [rows, rest[0], columns // rest[0]]
+
+
+def _turned(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    """Every side of ``tensor`` in the basis, one vector a column, that there is for it."""
+    for side, basis in bases.items():
+        tensor = torch.tensordot(tensor, basis, ([side], [0])).movedim(-1, side)
+    return tensor
 
 
 def _eigenbasis(moment: Tensor) -> Tensor:
