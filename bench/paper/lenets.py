@@ -9,7 +9,7 @@ from torch import nn
 from mtzip.demo.recipes import trained
 from mtzip.demo.tasks import Task
 
-from .. import data
+from .. import bfloat16, data
 from ..networks import pretrained
 from . import in_turn
 from .case import Case
@@ -22,7 +22,11 @@ CALIBRATION = 10_000
 #: what limits so few of them is how much each sees.
 GENTLE = {
     "LeNet-300-100": {"labels": False, "batch": 2048, "recipe": {"lr": 6e-3, "optimizer": "soap"}},
-    "LeNet-5": {"labels": False, "recipe": {"lr": 1e-3}},
+    "LeNet-5": {
+        "labels": False,
+        "batch": 512,
+        "recipe": {"lr": 2e-3, "optimizer": "soap", "autocast": bfloat16.pays()},
+    },
 }
 PARTS = (0.25, 0.5, 0.75, 0.9)  # shares of the curve
 

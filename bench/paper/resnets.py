@@ -18,7 +18,7 @@ STEPS = 300  # of batch 128 a task
 GENTLE = {
     "labels": False,
     "recipe": {
-        **{"lr": 2e-3, "optimizer": "soap", "batchnorm": "train", "distill": "both"},
+        **{"lr": 4e-3, "optimizer": "soap", "batchnorm": "train", "distill": "both"},
         "autocast": bfloat16.pays(),  # 2.4 times the images a second with tile registers
     },
 }
