@@ -259,6 +259,12 @@ def test_rows_of_a_case_before_and_after_retraining(case):
         assert all(torch.equal(states[name][key], value) for key, value in net.state_dict().items())
 
 
+def test_without_a_step_there_is_no_row_of_another_retraining(case):
+    assert {name for name in methods.ABLATIONS if methods.METHODS[name].retrain(case)} == set(methods.RETRAINING)
+    chosen = Case(**{**vars(case), "steps": 0, "methods": ("mtzip", *methods.RETRAINING)})
+    assert [row.method for row in run.rows(chosen)] == ["mtzip"]
+
+
 @pytest.mark.parametrize("name", methods.ABLATIONS)
 def test_an_ablation_differs_from_the_default_in_weights_or_retraining(case, name):
     method, images = methods.METHODS[name], case.images(0)

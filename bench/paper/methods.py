@@ -181,6 +181,8 @@ METHODS["planned"] = Method(planned)
 CHAIN = "one after another"
 METHODS[CHAIN] = Method(one_after_another)
 ZEROS = ("zeros counted", "zeros lost")
+#: Differ from the default in retraining alone.
+RETRAINING = ("no distillation", "features too", "outputs only")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
 ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED, CHAIN))
 #: What is imitated, and the ablation that changes nothing where it is.

@@ -37,9 +37,7 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     signs = data.task("gtsrb", data.gtsrb, data.GTSRB)
     networks = {"cifar10": pretrained("resnet20-cifar10/a"), "gtsrb": pretrained("resnet20-gtsrb/a")}
     tasks = {"cifar10": cifar, "gtsrb": signs}
-    at_once = tuple(
-        name for name in methods if name not in ("from scratch", "pruned", "no distillation", "outputs only")
-    )
+    at_once = tuple(name for name in methods if name not in ("from scratch", "pruned"))
     yield Case("ResNet-20 CIFAR-10 + GTSRB", networks, tasks, PAPER, at_once, 1.0, **recipe)
     if not ablations:
         yield from _several(quick, cifar, signs)

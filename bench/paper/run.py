@@ -15,7 +15,7 @@ from mtzip.network.zeros import nonzero
 from ..bfloat16 import SmallConvolutions
 from . import measure
 from .case import Case
-from .methods import METHODS
+from .methods import METHODS, RETRAINING
 from .recovery import Recovery, shown
 from .table import Row
 
@@ -35,7 +35,7 @@ def rows(case: Case) -> Iterator[Row]:
     """The rows of a case, each as soon as it is known: before retraining and after."""
     before = measure.wrong(case.networks, case.tasks)
     total = sum(p.numel() for network in case.networks.values() for p in network.parameters())
-    for name in case.methods:
+    for name in case.methods if case.steps else [name for name in case.methods if name not in RETRAINING]:
         method, stages = METHODS[name], {}
         for seed in case.seeds:
             _say(f"{case.name}: {name}, seed {seed}")
