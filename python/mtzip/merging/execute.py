@@ -226,9 +226,8 @@ class Execution:
         return any(tensors.get(arg.name) in self._reordered for arg in node.all_input_nodes)
 
     def call(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """What ``layer`` would put out for ``x`` with weight [r, d] and bias [r]."""
-        shape = layer.node.args[1].meta["val"].shape
-        args = [x, weight.to(x.dtype).view(shape), bias.to(x.dtype), *layer.node.args[3:]]
+        """What ``layer`` would put out for ``x`` with another weight of its shape and a bias [r]."""
+        args = [x, weight.to(x.dtype), bias.to(x.dtype), *layer.node.args[3:]]
         with torch.no_grad():
             return layer.node.target(*args)
 

@@ -330,7 +330,7 @@ class Sweep:
             originals = heads(execution.original[layer.node.name], sizes)
             rows = install.assembled(runs[task], solved, task)
             scale, bias = install.effective_affine(part, rows, install.Outputs.of(part, rows))
-            weight = rows.weight * scale[:, None]
+            weight = view.tensor(rows.weight * scale[:, None])
             outputs = [execution.call(layer, x, weight, bias) for x in inputs]
             targets = [part.original_output(z) for z in originals]
             if part.plain_target is None:
