@@ -34,15 +34,12 @@ from .moments import View, collect, enough, heads
 from .norms import channel_statistics, folded_affine, refit_norm_, set_statistics_
 from .options import Options
 from .part import Part, Systems, positions, settle
-from .reconstruct import corrected, correction, following
 from .residual import without_loss
+from .retarget import retarget_
 from .sensitivity import row_weighting
 from .solve import automatic_damping
 
 _log = logging.getLogger("mtzip")
-
-#: Positions to a column and samples that are enough for a substitution that corrects moments.
-RECONSTRUCTION_SAMPLES = (20, 64)
 
 
 class Sweep:
@@ -228,7 +225,7 @@ class Sweep:
         solved = self._solve(systems, runs, starts)
         if options.method == "refit":
             for _ in range(options.reconstructions):
-                if not self._retarget(parts, runs, solved):
+                if not retarget_(parts, self.executions, runs, solved):
                     break
                 solved = self._solve(systems, runs, starts)
         report = self._install(group, parts, runs, solved)
@@ -311,32 +308,6 @@ class Sweep:
             rows = {task: positions(runs[task], tasks, systems.parts[task].weight.device) for task in tasks}
             solved[tasks] = merge.solve_rows(systems, rows, starts, self.options.method)
         return solved
-
-    def _retarget(self, parts: Mapping[int, Part], runs, solved) -> bool:
-        """Replaces the targets by activation-aware ones; False where no part has an activation that allows it.
-
-        For convolutions only: on fully connected layers it was measured not to pay beside weighted rows.
-        """
-        found = False
-        for task, part in parts.items():
-            layer, execution = part.layer, self.executions[task]
-            follow = following(part.analysis, layer.node if layer.norm is None else layer.norm.node)
-            if not follow or layer.kind == "linear" or part.moment.samples is not None:
-                continue
-            found = True
-            view = part.view
-            sizes = enough(view, execution.inputs(layer), *RECONSTRUCTION_SAMPLES)
-            inputs = heads(execution.inputs(layer), sizes)
-            originals = heads(execution.original[layer.node.name], sizes)
-            rows = install.assembled(runs[task], solved, task)
-            scale, bias = install.effective_affine(part, rows, install.Outputs.of(part, rows))
-            weight = view.tensor(rows.weight * scale[:, None])
-            outputs = [execution.call(layer, x, weight, bias) for x in inputs]
-            targets = [part.original_output(z) for z in originals]
-            if part.plain_target is None:
-                part.plain_target = part.target
-            part.target = corrected(part.plain_target, part.moment, *correction(view, inputs, outputs, targets, follow))
-        return found
 
     def _match(self, axis: AxisGroup, systems: Systems, tasks: Sequence[int]) -> None:
         """Matches an axis at the layers that write it, and brings the networks and parts into stored order."""
