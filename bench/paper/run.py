@@ -35,7 +35,8 @@ def rows(case: Case) -> Iterator[Row]:
     """The rows of a case, each as soon as it is known: before retraining and after."""
     before = measure.wrong(case.networks, case.tasks)
     total = sum(p.numel() for network in case.networks.values() for p in network.parameters())
-    for name in case.methods if case.steps else [name for name in case.methods if name not in RETRAINING]:
+    idle = () if case.steps else RETRAINING
+    for name in (name for name in case.methods if name not in idle):
         method, stages = METHODS[name], {}
         for seed in case.seeds:
             _say(f"{case.name}: {name}, seed {seed}")

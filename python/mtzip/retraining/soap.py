@@ -17,10 +17,10 @@ class Soap(torch.optim.Optimizer):
 
     For every weight, taken as a matrix G of [first size, rest], the first ``look`` gradients move nothing: they add up
     to G G^T and G^T G, whose eigenvectors are the basis from then on; of a convolution with many columns channels and
-    pixels are sides of their own. For the distance to a teacher these are, but for
-    scale, the two Kronecker factors of the loss' Hessian (Shampoo, Gupta et al. 2018), and Adam's division by the root
-    of the mean square is a step along each of their eigenvectors by itself (SOAP, Vyas et al. 2024). Here the basis
-    stays: retraining that is light hardly moves it, and a step costs two products of small matrices more than Adam's.
+    pixels are sides of their own. For the distance to a teacher these are, but for scale, the two Kronecker factors of
+    the loss' Hessian (Shampoo, Gupta et al. 2018), and Adam's division by the root of the mean square is a step along
+    each of their eigenvectors by itself (SOAP, Vyas et al. 2024). Here the basis stays: retraining that is light hardly
+    moves it, and a step costs two products of small matrices more than Adam's.
     Vectors (biases, scales) get Adam.
 
     Args:
