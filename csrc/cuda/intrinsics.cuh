@@ -114,6 +114,36 @@ __device__ __forceinline__ T shuffle_from(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// Whether a float32 product is faster as three of TF32 on tensor cores than on the other units: on data-centre GPUs.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10)
+constexpr bool kTensorCores = true;
+#else
+constexpr bool kTensorCores = false;
+#endif
+
+// x = high + low, high its first 10 bits of fraction, rounded. Of low, tensor cores take as many: 21 bits of x are left.
+struct Tf32 {
+    std::uint32_t high, low;
+};
+__device__ __forceinline__ Tf32 split_tf32(float x) {
+    Tf32 result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result.high) : "f"(x));
+    result.low = __float_as_uint(x - __uint_as_float(result.high));
+    return result;
+}
+
+// sum [16, 8] += a [16, 8] b [8, 8] by a warp; with g = lane / 4, t = lane % 4, a lane has rows g and g + 8:
+//     a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     b: (t, g), (t + 4, g)
+//     sum: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
+// The hardware takes the first 10 bits of fraction of a and b, and truncates its sums.
+__device__ __forceinline__ void multiply_add_tf32(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                                  std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ void atomic_min(unsigned long long* at, unsigned long long value) {
     atomicMin(at, value);
 }

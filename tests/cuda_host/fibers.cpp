@@ -107,7 +107,7 @@ struct Fiber {
     Block* block = nullptr;
     int index = 0;  // in the block
     Wait wait = Wait::nothing;
-    int exchanges = 0, votes = 0;
+    int exchanges = 0, gathers = 0, votes = 0;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
 };
@@ -117,6 +117,7 @@ struct Block {
     std::unique_ptr<char[]> shared;
     std::size_t shared_size = 0;
     std::vector<std::uint64_t> lanes[2];
+    std::unique_ptr<std::uint32_t[][6]> gathered[2];
     bool vote[2] = {false, false};
 };
 
@@ -187,6 +188,7 @@ void run_blocks(const cudaLaunchConfig_t& config, unsigned first, unsigned last)
         std::memset(block->shared.get(), 0xff, block->shared_size);  // NaN
         ASAN_POISON_MEMORY_REGION(block->shared.get(), block->shared_size);
         for (auto& lanes : block->lanes) lanes.resize(size);
+        for (auto& lanes : block->gathered) lanes = std::make_unique<std::uint32_t[][6]>(size);
         for (unsigned t = 0; t < size; ++t) {
             fibers.push_back(std::make_unique<Fiber>());
             Fiber* fiber = fibers.back().get();
@@ -225,6 +227,7 @@ void run_blocks(const cudaLaunchConfig_t& config, unsigned first, unsigned last)
 
 Place* here = nullptr;
 const int fault = std::getenv("CUDA_HOST_FAULT") ? std::atoi(std::getenv("CUDA_HOST_FAULT")) : 0;
+const bool tensor_cores = !std::getenv("CUDA_HOST_TENSOR_CORES") || std::atoi(std::getenv("CUDA_HOST_TENSOR_CORES"));
 
 void use(const Schedule& wanted) {
     schedule = wanted;
@@ -276,6 +279,14 @@ std::uint64_t exchange(std::uint64_t value, int lane) {
     leave(Wait::warp);
     if (lane < 0 || lane >= kLanes) fail("a shuffle leaves its warp");
     return lanes[self->index / kLanes * kLanes + lane];
+}
+
+const std::uint32_t (*gather(const std::uint32_t (&mine)[6]))[6] {
+    Fiber* self = now;
+    const auto& lanes = self->block->gathered[self->gathers++ & 1];
+    std::copy(mine, mine + 6, lanes[self->index]);
+    leave(Wait::warp);
+    return &lanes[self->index / kLanes * kLanes];
 }
 
 void copy_start(void* to, const void* from, int bytes, int valid) {

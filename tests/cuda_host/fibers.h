@@ -19,11 +19,14 @@ void use(const Schedule& schedule);
 
 // Number of the fault that is planted (CUDA_HOST_FAULT), for kernels patched by tests/cuda_host/host.py; 0 for none.
 extern const int fault;
+// Whether products are taken on tensor cores: unless CUDA_HOST_TENSOR_CORES is 0.
+extern const bool tensor_cores;
 
 char* shared_piece(std::size_t at, std::size_t bytes);
 bool wait_block(bool value);  // whether any thread of the block came with true
 void wait_grid();
 std::uint64_t exchange(std::uint64_t value, int lane);  // that of this lane of the warp
+const std::uint32_t (*gather(const std::uint32_t (&mine)[6]))[6];  // of all lanes of the warp, until it does so once more
 void copy_start(void* to, const void* from, int bytes, int valid);
 void copy_commit();
 void copy_wait(int pending);

@@ -108,10 +108,11 @@ def build_with(faults: list[tuple[str, str, str]]) -> Path:
 class Session:
     """A driver that is running; one call after another."""
 
-    def __init__(self, driver: Path, shared_memory: int = 99 << 10, fault: int = 0):
+    def __init__(self, driver: Path, shared_memory: int = 99 << 10, fault: int = 0, tensor_cores: bool = True):
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0"}
         environment["CUDA_HOST_SHARED_MEMORY"] = str(shared_memory)
         environment["CUDA_HOST_FAULT"] = str(fault)
+        environment["CUDA_HOST_TENSOR_CORES"] = str(int(tensor_cores))
         pipe = subprocess.PIPE
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen([driver], stdin=pipe, stdout=pipe, stderr=self.errors, env=environment)

@@ -104,6 +104,43 @@ T shuffle_xor(T value, int mask) {
     return shuffle_from(value, int(threadIdx.x) % kWarp ^ mask);
 }
 
+static const bool& kTensorCores = cuda_host::tensor_cores;
+
+struct Tf32 {
+    std::uint32_t high, low;
+};
+inline Tf32 split_tf32(float x) {
+    Tf32 result;
+    std::memcpy(&result.high, &x, 4);
+    if (std::isfinite(x)) result.high = (result.high + 0x1000u) & ~0x1fffu;
+    float high;
+    std::memcpy(&high, &result.high, 4);
+    const float low = x - high;
+    std::memcpy(&result.low, &low, 4);
+    return result;
+}
+
+// As the hardware does: 10 bits of fraction, products exact, their sum truncated.
+inline void multiply_add_tf32(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
+                              std::uint32_t b0, std::uint32_t b1) {
+    const std::uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+    const auto* lanes = cuda_host::gather(mine);
+    const auto value = [&](int lane, int which) {
+        const std::uint32_t bits = lanes[lane][which] & ~0x1fffu;
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return double(x);
+    };
+    const int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+    for (int e = 0; e < 4; ++e) {
+        double total = sum[e];
+        for (int k = 0; k < 8; ++k)
+            total += value(4 * g + k % 4, k / 4 * 2 + e / 2) * value(4 * (2 * t + e % 2) + k % 4, 4 + k / 4);
+        const float rounded = float(total);
+        sum[e] = std::fabs(double(rounded)) > std::fabs(total) ? std::nextafter(rounded, 0.0f) : rounded;
+    }
+}
+
 inline void atomic_min(unsigned long long* at, unsigned long long value) {
     if (value < *at) *at = value;
 }
