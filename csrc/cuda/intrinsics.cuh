@@ -108,7 +108,7 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// The value of this lane, the same one for all; all lanes of the warp must take part.
+// The value that lane number `lane` has; all lanes of the warp must take part.
 template <class T>
 __device__ __forceinline__ T shuffle_from(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
@@ -138,7 +138,8 @@ __device__ __forceinline__ Tf32 split_tf32(float x) {
 // The hardware takes the first 10 bits of fraction of a and b, and truncates its sums.
 __device__ __forceinline__ void multiply_add_tf32(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
                                                   std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

@@ -16,6 +16,29 @@ namespace mtz::cuda {
 // order [batch, k]: all weights >= 0 first, each part as it came, NaN among the rest; status <- kUpdated.
 cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream);
 
+// SharedMemory's other side.
+struct CountedMemory {
+    SharedSize size;
+    template <class T>
+    __host__ __device__ T* take(std::size_t count) {
+        size.add(sizeof(T), count);
+        return nullptr;
+    }
+};
+
+template <class T>
+struct alignas(16) Four {
+    T at[4];
+};
+template <class T>
+__device__ __forceinline__ Four<T> load_four(const T* from) {
+    return *reinterpret_cast<const Four<T>*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* to, const T* values) {
+    *reinterpret_cast<Four<T>*>(to) = {{values[0], values[1], values[2], values[3]}};
+}
+
 template <class T>
 __device__ __forceinline__ T load_vector_element(const ShermanMorrisonArgs& g, Index at) {
     if constexpr (sizeof(T) == 4) {  // the same for all threads

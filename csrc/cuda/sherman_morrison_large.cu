@@ -74,29 +74,37 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Index first_block, Larg
 
 // partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[i, j]
 template <class T, bool Words>
-__global__ void __launch_bounds__(kThreads, kResident) multiply_kernel(Index first_block, Large<T> w, int panels) {
+__global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
+    multiply_kernel(Index first_block, Large<T> w, int panels) {
     using P = typename Large<T>::Tall;
     SharedMemory memory;
     const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
-    const Index block = first_block + blockIdx.x, panel = block % panels, tile = block / panels;
-    const Index p = tile / (w.across * w.slices), slice = tile / w.across % w.slices;
-    const Index j0 = tile % w.across * P::kRows, first = slice * w.length;
+    Index panel, p, slice, j0;
+    const auto find = [&](int number) {
+        const Index block = first_block + number, tile = block / panels;
+        panel = block % panels;
+        p = tile / (w.across * w.slices);
+        slice = tile / w.across % w.slices;
+        j0 = tile % w.across * P::kRows;
+    };
+    find(int(blockIdx.x));
     if (g.status[p] != kUpdated) return;
+    const Index first = slice * w.length;
     const Across<T, Words> a{w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
                              int(smaller(P::kRows, g.d - j0))};
     const Along<T> b{w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch, K};
-    T sum[Large<T>::kRows][P::kColumns] = {};
+    T sum[4][P::kColumns] = {};
     add_product(a, b, int(smaller(w.length, g.d - first)), shared, sum);
+    find(recomputed(int(blockIdx.x), panels));  // rather than keep it in registers meanwhile
     T* to = w.partial + ((slice * g.batch + p) * w.side + panel * K) * w.pitch + j0;
+    const int j = P::row();
+    if (j0 + j >= w.pitch) return;
 #pragma unroll
-    for (int h = 0; h < Large<T>::kRows / 4; ++h)
-#pragma unroll
-        for (int c = 0; c < P::kColumns; ++c) {
-            const int j = P::row(h), q = P::column(c / 4) + c % 4;
-            const Four<T> four{{sum[4 * h][c], sum[4 * h + 1][c], sum[4 * h + 2][c], sum[4 * h + 3][c]}};
-            if (j0 + j < w.pitch) *reinterpret_cast<Four<T>*>(to + q * w.pitch + j) = four;
-        }
+    for (int c = 0; c < P::kColumns; ++c) {
+        const Four<T> four{{sum[0][c], sum[1][c], sum[2][c], sum[3][c]}};
+        *reinterpret_cast<Four<T>*>(to + (P::column(c / 4) + c % 4) * w.pitch + j) = four;
+    }
 }
 
 template <class T>
@@ -135,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 3) solve_kernel(Index first_block, L
 #pragma unroll
         for (int r = 0; r < 4; ++r) minus[r][c] = sign * sum[r][c];
     }
-    const int row = P::row(0);
+    const int row = P::row();
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
         const Index j = j0 + row + r;
@@ -209,60 +217,63 @@ using Tiles = Triangle<Large<T>::Tall::kRows / K>;
 
 // A^-1 -= V^T D V in tiles of the upper triangle, and their mirror images.
 template <class T, bool Words>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kResident : 3)
+__global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     update_kernel(Index first_block, Large<T> w, int panels) {
     using P = typename Large<T>::Tall;
     SharedMemory memory;
     const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
-    const Tiles<T> tiles(g.d, P::kRows);
-    const Index block = first_block + blockIdx.x, p = block / tiles.count(), row = g.inverse_row_stride;
-    Index i0, j0;
-    if (!tiles.at(block % tiles.count(), i0, j0) || w.skipped(p)) return;
-    i0 *= P::kRows;
-    j0 *= K;
-    T* matrix = w.inverse(p);
+    Index p, i0, j0;
+    const auto find = [&](int number) {
+        const Tiles<T> tiles(g.d, P::kRows);
+        const Index block = first_block + number;
+        p = block / tiles.count();
+        const bool any = tiles.at(block % tiles.count(), i0, j0);
+        i0 *= P::kRows;
+        j0 *= K;
+        return any;
+    };
+    if (!find(int(blockIdx.x)) || w.skipped(p)) return;
     constexpr int line = 128 / sizeof(T);
-    for (int e = int(threadIdx.x); e < P::kRows * K / line; e += kThreads) {
+    for (int e = int(threadIdx.x); e < P::kRows * K / line; e += P::kThreads) {
         const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
-        if (i < g.d && j < g.d) prefetch(matrix + i * row + j);
+        if (i < g.d && j < g.d) prefetch(w.inverse(p) + i * g.inverse_row_stride + j);
     }
-    T sum[Large<T>::kRows][P::kColumns] = {};
+    T sum[4][P::kColumns] = {};
     add_product(Across<T, true>{w.minus + p * w.side * w.pitch + i0, w.pitch, int(smaller(P::kRows, w.pitch - i0))},
                 Along<T>{w.vt + (p * g.d + j0) * w.side, w.side, int(smaller(K, g.d - j0))}, panels * K, shared, sum);
+    find(recomputed(int(blockIdx.x), panels));
+    T* matrix = w.inverse(p);
+    const Index i = i0 + P::row(), row = g.inverse_row_stride;
 #pragma unroll
-    for (int h = 0; h < Large<T>::kRows / 4; ++h) {
-        const Index i = i0 + P::row(h);
+    for (int c = 0; c < P::kColumns / 4; ++c) {
+        const Index j = j0 + P::column(c);
+        if (Words && i < j && j + 4 <= g.d) {
+            T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
+            Four<T> old[4];
 #pragma unroll
-        for (int c = 0; c < P::kColumns / 4; ++c) {
-            const Index j = j0 + P::column(c);
-            if (Words && i < j && j + 4 <= g.d) {
-                T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
-                Four<T> old[4];
+            for (int r = 0; r < 4; ++r) old[r] = load_four(from + r * row);
 #pragma unroll
-                for (int r = 0; r < 4; ++r) old[r] = *reinterpret_cast<const Four<T>*>(from + r * row);
+            for (int r = 0; r < 4; ++r) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-#pragma unroll
-                    for (int f = 0; f < 4; ++f) old[r].at[f] += sum[4 * h + r][4 * c + f];
-                    *reinterpret_cast<Four<T>*>(from + r * row) = old[r];
-                }
-#pragma unroll
-                for (int f = 0; f < 4; ++f) {
-                    const Four<T> turned{{old[0].at[f], old[1].at[f], old[2].at[f], old[3].at[f]}};
-                    *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
-                }
-            } else if (i <= j) {  // at the diagonal and at the end, one by one
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-#pragma unroll
-                    for (int f = 0; f < 4; ++f)
-                        if (i + r <= j + f && j + f < g.d) {
-                            const T value = matrix[(i + r) * row + j + f] + sum[4 * h + r][4 * c + f];
-                            matrix[(i + r) * row + j + f] = value;
-                            matrix[(j + f) * row + i + r] = value;
-                        }
+                for (int f = 0; f < 4; ++f) old[r].at[f] += sum[r][4 * c + f];
+                *reinterpret_cast<Four<T>*>(from + r * row) = old[r];
             }
+#pragma unroll
+            for (int f = 0; f < 4; ++f) {
+                const Four<T> turned{{old[0].at[f], old[1].at[f], old[2].at[f], old[3].at[f]}};
+                *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
+            }
+        } else if (i <= j) {  // at the diagonal and at the end, one by one
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+#pragma unroll
+                for (int f = 0; f < 4; ++f)
+                    if (i + r <= j + f && j + f < g.d) {
+                        const T value = matrix[(i + r) * row + j + f] + sum[r][4 * c + f];
+                        matrix[(i + r) * row + j + f] = value;
+                        matrix[(j + f) * row + i + r] = value;
+                    }
         }
     }
 }
@@ -274,12 +285,14 @@ cudaError_t update_round(const Large<T>& w, Index first, bool words, void* strea
     const int panels = int(smaller(w.panels, ceil_div(g.k - first, K)));
     const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
     const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
-    const std::size_t tall = Large<T>::Tall::bytes(), small = Large<T>::Short::bytes();
+    using Tall = typename Large<T>::Tall;
+    const std::size_t tall = Tall::bytes(), small = Large<T>::Short::bytes();
     const Index parts = ceil_div(w.pitch, kScaled), tiles = ceil_div(g.d, Large<T>::Short::kRows);
     cudaError_t error =
         launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, stream, w, first, panels);
     if (error == cudaSuccess)
-        error = launch_in_turn(multiply, g.batch * w.across * w.slices * panels, kThreads, tall, stream, w, panels);
+        error =
+            launch_in_turn(multiply, g.batch * w.across * w.slices * panels, Tall::kThreads, tall, stream, w, panels);
     if (error == cudaSuccess && w.slices > 1)
         error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, stream, w);
     for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) {
@@ -288,8 +301,8 @@ cudaError_t update_round(const Large<T>& w, Index first, bool words, void* strea
             error = launch_in_turn(solve_kernel<T>, g.batch * tiles, kThreads, small, stream, w, panel, panels);
     }
     if (error != cudaSuccess) return error;
-    const Index count = g.batch * Tiles<T>(g.d, Large<T>::Tall::kRows).count();
-    return launch_in_turn(update, count, kThreads, tall, stream, w, panels);
+    const Index count = g.batch * Tiles<T>(g.d, Tall::kRows).count();
+    return launch_in_turn(update, count, Tall::kThreads, tall, stream, w, panels);
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 // rounding; so it is also of no more than d / MTZ_ROUND_SHARE vectors, or one panel.
 #pragma once
 
+#include "cuda/pivots.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/sherman_morrison.cuh"
 
 #ifndef MTZ_ROUND_SHARE
 #define MTZ_ROUND_SHARE 8
@@ -14,38 +14,34 @@
 
 namespace mtz::cuda {
 
-constexpr int K = 64, kPanels = 4;
-constexpr int kThreads = 128;           // of a block that works on a product
+constexpr int K = kPanel, kPanels = 4;
+constexpr int kThreads = 128;           // of most blocks
 constexpr Index kLeastSlice = 128;      // of the inner dimension of V
-constexpr Index kMostBlocks = 4 * 132;  // that are worth while: four a processor of a large device
+constexpr Index kMostBlocks = 2 * 132;  // that are worth while: two a processor of a large device
 constexpr Index kMostChunks = 8;        // of the inner dimension of V Y^T
 constexpr int kChunkStep = 128;
 
-// Blocks a processor, which limits registers: code for some spills at 128, and most of those have shared memory for two.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr int kResident = 3;
-#else
-constexpr int kResident = 4;
-#endif
-
-template <class T>
-struct alignas(16) Four {
-    T at[4];
-};
-
-// Sums over k of a[k, i] b[j, k] for 16 RA x K pairs (i, j), in pieces of kDepth: a lies in shared memory as it does in the
-// matrix, k after k, and b row after row. A thread has 4 x 4 sums side by side, so that it reads and writes 16 bytes of a
-// result both along i and along j: rows 64 h + 4 y ..., columns 32 h + 4 x .... For four steps of 8 x 8 sums in float32 it
-// loads 8 words each of a and b: 16 for 256 multiply-adds.
+// Sums over k of a[k, i] b[j, k] for kRows x K pairs (i, j), in pieces of kDepth: a lies in shared memory as it does in the
+// matrix, k after k, and b row after row. A thread has 4 x 4 sums side by side, and once more, so that it reads and writes
+// 16 bytes of a result both along i and along j: rows row() ..., columns column(0) ... and column(1) ....
 //
-// Rows of b are kept in the order in which a thread takes them, x + 8 c: those of a warp are then next to each other, and
-// all in other banks, as the pitch is an odd number of words.
-template <class T, int RA>
+// On tensor cores, for large tiles of float32: a warp has 32 x 32 pairs, and of its lanes g = lane / 4, t = lane % 4
+//
+//     rows 4 g ..., columns 16 h + 4 t ..., and steps 4 t ... 4 t + 3 of a piece
+//
+// as sums of products may be taken in any order: so all that a lane loads is words of 16 bytes, along i or along k. Words of
+// a are where their number, exclusive or 2 t, says: those of 8 lanes lie in all banks. Sums of a piece are taken there and
+// added up here, as tensor cores truncate; the small parts first.
+//
+// Elsewhere rows of b are kept in the order in which a thread takes them, x + 8 c: those of a warp are then next to each
+// other, and all in other banks, as the pitch is an odd number of words.
+template <class T, int Threads>
 struct Panel {
-    static constexpr int kRows = 16 * RA, kDepth = 16, kStages = 3, kColumns = K / 8;  // columns of a thread
-    static constexpr int kWide = Word<T>::kCount, kPitch = kDepth + kWide;
+    static constexpr int kThreads = Threads, kRows = Threads / 2, kDepth = 16, kStages = 3;
+    static constexpr int kColumns = K / 8, kWide = Word<T>::kCount, kPitch = kDepth + kWide;  // columns of a thread
     static constexpr int kSizeA = kDepth * kRows, kSizeB = K * kPitch;
-    static_assert(RA % 4 == 0 && kPitch / kWide % 2 == 1);
+    static constexpr bool kMayTensor = sizeof(T) == 4 && Threads == 256;
+    static_assert(kPitch / kWide % 2 == 1);
     T *a, *b;
 
     __device__ __forceinline__ explicit Panel(SharedMemory& memory) {
@@ -55,16 +51,31 @@ struct Panel {
     static std::size_t bytes() {
         return SharedSize().add(sizeof(T), kStages * kSizeA).add(sizeof(T), kStages * kSizeB).bytes();
     }
-    // The first of four rows in `h`, and of four columns.
-    __device__ static __forceinline__ int row(int h) {
-        const int thread = int(threadIdx.x);
-        return 64 * h + 4 * (thread / kWarp * 4 + thread % kWarp / 16 * 2 + thread % 2);
+    // The first of four rows, and of four columns.
+    __device__ static __forceinline__ int row() {
+        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+        if (kMayTensor && kTensorCores) return 32 * (warp / 2) + 4 * (lane / 4);
+        return 4 * (warp * 4 + lane / 16 * 2 + lane % 2);
     }
-    __device__ static __forceinline__ int column(int h) { return 32 * h + 4 * (int(threadIdx.x) % kWarp / 2 % 8); }
+    __device__ static __forceinline__ int column(int h) {
+        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+        if (kMayTensor && kTensorCores) return 32 * (warp % 2) + 16 * h + 4 * (lane % 4);
+        return 32 * h + 4 * (lane / 2 % 8);
+    }
+    // Where element i of step k of a piece of a is kept, and row j of b.
+    __device__ static __forceinline__ int place_a(int k, int i) {
+        return k * kRows + (kMayTensor && kTensorCores ? i ^ k / 4 * 8 : i);
+    }
+    __device__ static __forceinline__ int place_b(int j) {
+        return kMayTensor && kTensorCores ? j * kDepth : (j / 4 % 8 + 8 * (j % 4 + j / 32 * 4)) * kPitch;
+    }
 
-    __device__ __forceinline__ void add(int stage, T (&sum)[RA][kColumns]) const {
+    __device__ __forceinline__ void add(int stage, T (&sum)[4][kColumns]) const {
+        if constexpr (kMayTensor) {
+            if (kTensorCores) return add_tensor(a + stage * kSizeA, b + stage * kSizeB, sum);
+        }
         using W = Word<T>;
-        const Four<T>* rows = reinterpret_cast<const Four<T>*>(a + stage * kSizeA) + row(0) / 4;
+        const Four<T>* rows = reinterpret_cast<const Four<T>*>(a + stage * kSizeA) + row() / 4;
         const W* columns = reinterpret_cast<const W*>(b + stage * kSizeB) + column(0) / 4 * (kPitch / kWide);
 #pragma unroll
         for (int k = 0; k < kDepth / kWide; ++k) {
@@ -72,16 +83,54 @@ struct Panel {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) y[c] = columns[c * 8 * (kPitch / kWide) + k];
 #pragma unroll
-            for (int e = 0; e < kWide; ++e)
+            for (int e = 0; e < kWide; ++e) {
+                const Four<T> x = rows[(k * kWide + e) * (kRows / 4)];
 #pragma unroll
-                for (int h = 0; h < RA / 4; ++h) {
-                    const Four<T> x = rows[(k * kWide + e) * (kRows / 4) + 16 * h];
+                for (int r = 0; r < 4; ++r)
 #pragma unroll
-                    for (int r = 0; r < 4; ++r)
+                    for (int c = 0; c < kColumns; ++c) sum[r][c] = multiply_add(x.at[r], y[c].at[e], sum[r][c]);
+            }
+        }
+    }
+
+    __device__ static __forceinline__ void add_tensor(const float* a, const float* b, float (&sum)[4][kColumns]) {
+        constexpr int kTiles = kColumns / 2;  // of 8 columns
+        const int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+        const float* rows = a + place_a(4 * t, row());
+        const float* columns = b + place_b(column(0) - 4 * t + g / 2 * 4 + g % 2) + 4 * t;
+        Four<float> word[4];
 #pragma unroll
-                        for (int c = 0; c < kColumns; ++c)
-                            sum[4 * h + r][c] = multiply_add(x.at[r], y[c].at[e], sum[4 * h + r][c]);
-                }
+        for (int k = 0; k < 4; ++k) word[k] = load_four(rows + k * kRows);
+        Tf32 y[kTiles][4];
+#pragma unroll
+        for (int c = 0; c < kTiles; ++c) {
+            const Four<float> word = load_four(columns + place_b(c / 2 * 16 + c % 2 * 2));
+#pragma unroll
+            for (int k = 0; k < 4; ++k) y[c][k] = split_tf32(word.at[k]);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+            Tf32 x[2][4];
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+#pragma unroll
+                for (int k = 0; k < 4; ++k) x[e][k] = split_tf32(word[k].at[r + e]);
+            float part[kTiles][4] = {};
+            const auto multiply = [&](std::uint32_t Tf32::* of_x, std::uint32_t Tf32::* of_y) {
+#pragma unroll
+                for (int k = 0; k < 4; k += 2)
+#pragma unroll
+                    for (int c = 0; c < kTiles; ++c)
+                        multiply_add_tf32(part[c], x[0][k].*of_x, x[1][k].*of_x, x[0][k + 1].*of_x, x[1][k + 1].*of_x,
+                                          y[c][k].*of_y, y[c][k + 1].*of_y);
+            };
+            multiply(&Tf32::low, &Tf32::high);
+            multiply(&Tf32::high, &Tf32::low);
+            multiply(&Tf32::high, &Tf32::high);
+#pragma unroll
+            for (int c = 0; c < kTiles; ++c)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[r + e / 2][2 * c + e % 2] += part[c][e];
         }
     }
 };
@@ -95,14 +144,14 @@ struct Across {
 
     template <class P>
     __device__ __forceinline__ void start(int k, int count, T* to) const {
-        constexpr int wide = Words ? P::kWide : 1, across = P::kRows / wide, down = kThreads / across;
+        constexpr int wide = Words ? P::kWide : 1, across = P::kRows / wide, down = P::kThreads / across;
         const int thread = recomputed(int(threadIdx.x), k), i = k + thread / across, column = thread % across * wide;
         const int left = columns - column, valid = left < 0 ? 0 : left < wide ? left : wide;
         const T* from = data + (valid ? i * row_stride + column : 0);
-        to += thread * wide;
 #pragma unroll(Words ? 8 : 1)
         for (int e = 0; e < P::kDepth / down; ++e)
-            copy_async<wide* int(sizeof(T))>(to + e * kThreads * wide, from + e * down * row_stride,
+            copy_async<wide* int(sizeof(T))>(to + P::place_a(thread / across + e * down, column),
+                                             from + e * down * row_stride,
                                              i + e * down < count ? valid * int(sizeof(T)) : 0);
     }
 };
@@ -116,26 +165,23 @@ struct Along {
 
     template <class P>
     __device__ __forceinline__ void start(int k, int count, T* to) const {
-        constexpr int across = P::kDepth / P::kWide, down = kThreads / across;
-        const int thread = recomputed(int(threadIdx.x), k), j = thread / across,
-                  column = k + thread % across * P::kWide;
+        constexpr int across = P::kDepth / P::kWide, down = P::kThreads / across;
+        const int thread = recomputed(int(threadIdx.x), k), column = k + thread % across * P::kWide;
         const int valid = column < count ? 16 : 0;
-        to += thread % across * P::kWide;
 #pragma unroll
         for (int e = 0; e < K / down; ++e) {
-            const int at = j + e * down, row = at < rows ? at : rows - 1;
-            copy_async<16>(to + (at / 4 % 8 + 8 * (at % 4 + at / 32 * 4)) * P::kPitch, data + row * row_stride + column,
-                           valid);
+            const int at = thread / across + e * down, row = at < rows ? at : rows - 1;
+            copy_async<16>(to + P::place_b(at) + thread % across * P::kWide, data + row * row_stride + column, valid);
         }
     }
 };
 
 // sum += the first `count` rows of a by as many columns of b, two pieces on their way while one is worked on. Elements of b
 // up to the next whole word are read, and must be finite.
-template <class T, int RA, bool Words>
+template <class T, int Threads, bool Words>
 __device__ __forceinline__ void add_product(const Across<T, Words>& a, const Along<T>& b, int count,
-                                            const Panel<T, RA>& shared, T (&sum)[RA][K / 8]) {
-    using P = Panel<T, RA>;
+                                            const Panel<T, Threads>& shared, T (&sum)[4][K / 8]) {
+    using P = Panel<T, Threads>;
     const auto start = [&](int k, int stage) {
         if (k < count) {
             a.template start<P>(k, count, shared.a + stage * P::kSizeA);
@@ -145,22 +191,21 @@ __device__ __forceinline__ void add_product(const Across<T, Words>& a, const Alo
     };
     start(0, 0);
     start(P::kDepth, 1);
-    int stage = 0;
 #pragma unroll 1
     for (int k = 0; k < count; k += P::kDepth) {
         copy_async_wait<1>();
         sync_block();  // this piece is there, and all threads are done with the one before
-        start(k + 2 * P::kDepth, stage == 0 ? 2 : stage - 1);
-        shared.add(stage, sum);
-        stage = stage == 2 ? 0 : stage + 1;
+        const int piece = k / P::kDepth;
+        start(k + 2 * P::kDepth, (piece + 2) % P::kStages);
+        shared.add(piece % P::kStages, sum);
     }
 }
 
 template <class T>
 struct Large {
-    static constexpr int kRows = sizeof(T) == 4 ? 8 : 4;  // of a thread: as many as its registers take
-    using Tall = Panel<T, kRows>;
-    using Short = Panel<T, 4>;
+    using Tall = Panel<T, sizeof(T) == 4 ? 256 : 128>;
+    using Short = Panel<T, 128>;
+    static constexpr int kResident = sizeof(T) == 4 ? 2 : 3;  // blocks a processor, which limits registers
 
     ShermanMorrisonArgs g;
     Index panels, side, pitch;     // of a round; vectors of a round; of a row of Y
@@ -184,7 +229,7 @@ struct Large {
         pitch = ceil_div(g.d, 4) * 4;
         across = ceil_div(g.d, Tall::kRows);
         const Index wanted = larger(1, kMostBlocks / larger(1, g.batch * across * panels));
-        length = ceil_div(ceil_div(g.d, wanted), kLeastSlice) * kLeastSlice;
+        length = larger(kLeastSlice, ceil_div(ceil_div(g.d, wanted), Tall::kDepth) * Tall::kDepth);
         slices = ceil_div(g.d, length);
         chunk = ceil_div(ceil_div(g.d, kMostChunks), kChunkStep) * kChunkStep;
         chunks = ceil_div(g.d, chunk);

@@ -6,19 +6,9 @@ namespace mtz::cuda {
 namespace small {
 namespace {
 
-// SharedMemory's other side.
-struct Counted {
-    SharedSize size;
-    template <class T>
-    __host__ __device__ T* take(std::size_t count) {
-        size.add(sizeof(T), count);
-        return nullptr;
-    }
-};
-
 template <class T>
 std::size_t shared_bytes(Index d) {
-    Counted space;
+    CountedMemory space;
     Block<T>(side_of(d), 0).take(space);
     return space.size.bytes();
 }

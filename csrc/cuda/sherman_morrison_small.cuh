@@ -24,19 +24,6 @@ template <class T>
 constexpr int kMostWarps = sizeof(T) == 4 ? 19 : 12;  // what registers allow
 
 template <class T>
-struct alignas(16) Four {
-    T at[4];
-};
-template <class T>
-__device__ __forceinline__ Four<T> load_four(const T* from) {
-    return *reinterpret_cast<const Four<T>*>(from);
-}
-template <class T>
-__device__ __forceinline__ void store_four(T* to, const T* values) {
-    *reinterpret_cast<Four<T>*>(to) = {{values[0], values[1], values[2], values[3]}};
-}
-
-template <class T>
 __device__ __forceinline__ void swap_if(bool condition, T& a, T& b) {
     const T first = condition ? b : a, second = condition ? a : b;
     a = first;
