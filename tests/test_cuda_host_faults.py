@@ -21,7 +21,7 @@ from tests.test_cuda_host import (
     distances,
     normal,
 )
-from tests.test_cuda_host_inverses import LARGE, SMALL, afresh, check_update, damped_inverse
+from tests.test_cuda_host_inverses import LARGE, MOST, SMALL, afresh, check_update, damped_inverse
 
 
 def probe_distances(session, schedule):
@@ -53,6 +53,19 @@ def probe_inverses(session, schedule):
     weight = np.array([-3.0, 1, 1, 1, 1, 1])[:, None]
     _, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
     assert status.tolist() == [1, 0, 0, 0, 0, 0]
+
+
+probe_inverses.tensor_cores = False
+
+
+def probe_tensor_inverses(session, schedule):
+    check_update(session, 2, 64, 70, "float32", schedule)
+    check_update(session, 2, 100, 36, "float32", schedule)
+    check_update(session, 1, 19, 40, "float32", schedule, np.random.default_rng(0).uniform(0.1, 2, (1, 40)))
+    probe_inverses(session, schedule)
+
+
+probe_tensor_inverses.shared_memory = MOST
 
 
 def probe_large_inverses(session, schedule):
@@ -98,7 +111,9 @@ ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
 MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
+RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
 LARGE_PRODUCT, LARGE_PIVOTS = (f"sherman_morrison_large{part}" for part in (".cuh", "_pivots.cu"))
+PIVOTS = "pivots.cuh"
 SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
@@ -137,21 +152,21 @@ FAULTS = {
             "",
         ),
         "no barrier before the matrix is used": (SMALL_INVERSES, "«sync_block();»  // the matrix and", ""),
-        "no barrier after the order": (SMALL_INVERSES, "«sync_block();»  // the order is", ""),
+        "no barrier after the order": (RESIDENT, "«sync_block();»  // the order is", ""),
         "no barrier after the first vectors": (SMALL_INVERSES, "«sync_block();»  // block 0", ""),
         "no barrier after the pivots": (SMALL_INVERSES, "«sync_block();»  // L, U", ""),
         "no barrier before the update": (SMALL_INVERSES, "«sync_block();»  // V and E", ""),
         "no barrier after the update": (SMALL_INVERSES, "«sync_block();»  // the matrix has", ""),
         "no barrier after S": (SMALL_INVERSES, "«sync_block();»  // S of the next", ""),
         "one column too many": (
-            SMALL_INVERSES,
+            RESIDENT,
             "left = from ? «g.d - Index(j) * Count» :",
             "g.d + 1 - Index(j) * Count",
         ),
-        "one row too many": (SMALL_INVERSES, "return «i < g.d» ? from + i", "i <= g.d"),
-        "one vector too many": (SMALL_INVERSES, "return «first + q < g.k» ? from", "first + q <= g.k"),
-        "unaligned rows are taken for words": (SMALL_INVERSES, "«stride % count == 0 && other % count == 0»", "true"),
-        "negative weights stay where they are": (SMALL_INVERSES, "!sync_block_any(«other»)", "false"),
+        "one row too many": (RESIDENT, "return «i < g.d» ? from + i", "i <= g.d"),
+        "one vector too many": (RESIDENT, "return «first + q < g.k» ? from", "first + q <= g.k"),
+        "unaligned rows are taken for words": (RESIDENT, "«stride % count == 0 && other % count == 0»", "true"),
+        "negative weights stay where they are": (RESIDENT, "!sync_block_any(«other»)", "false"),
         "signs of another block": (SMALL_STEPS, "sign + «b % kKept» * K", "b % 2"),
         "the middle row of tiles twice": (SMALL_STEPS, "return «i > r»;", "true"),
         "half of the lanes are not summed": (
@@ -166,6 +181,38 @@ FAULTS = {
         "V is not corrected": (SMALL_INVERSES, "others + («next ? at.side : 0»)", "0"),
         "the diagonal is mirrored": (SMALL_STEPS, "if («i == j») return;", "false"),
         "no barrier in the order": (INVERSES, "«sync_block();»\n    Index positive", ""),
+    },
+    probe_tensor_inverses: {
+        "the first copies not waited for": (
+            TENSOR,
+            "«copy_async_wait<0>();»\n        sync_block();  // the matrix and",
+            "",
+        ),
+        "copies not waited for": (TENSOR, "«copy_async_wait<0>();»\n            sync_block();  // the matrix has", ""),
+        "no barrier before the matrix is used": (TENSOR, "«sync_block();»  // the matrix and", ""),
+        "no barrier before S": (TENSOR, "«sync_block();»  // V is there", ""),
+        "no barrier before the pivots": (PIVOTS, "«sync_block();»  // S is there", ""),
+        "no barrier after the pivots": (PIVOTS, "«sync_block();»  // S and R", ""),
+        "no barrier before the update": (TENSOR, "«sync_block();»  // V is solved", ""),
+        "no barrier after the update": (TENSOR, "«sync_block();»  // the matrix has", ""),
+        "the next panel over this one": (TENSOR, "if (next) start_vectors(p, order, first + panel, «out»)", "in"),
+        "the last block is left out": (TENSOR, "«ceil_div(smaller(g.k - first, panel), lane.kBlock)»",
+                                       "larger(1, smaller(g.k - first, panel) / lane.kBlock)"),
+        "one panel's weights for all": (TENSOR, "«keep_weight(w);»", ""),
+        "the signs of the first panel": (TENSOR, "lane.root[resident.thread] «< 0 ? -1 : 1»;", "< -9 ? -1 : 1"),
+        "rows of parts as long as the first": (TENSOR, "j += «ratio * i - across»", "-across"),
+        "the last columns of V are left out": (TENSOR_STEPS, "if («ends[m] == 0 || j >= side») return;",
+                                               "ends[m] == 0 || j >= side - 8"),
+        "another pair of blocks": (TENSOR_STEPS, "rows[1] < blocks ? «rows[1] + 1» : 0", "rows[1]"),
+        "rows of Y are not scaled": (TENSOR_STEPS, "scale = «r < 0 ? -r : r»;", "1"),
+        "columns of S are not scaled": (TENSOR_STEPS, "first = «root[r]»,", "1.0f"),
+        "columns 8 on are not swapped": (TENSOR_STEPS, "half_on = «(t & 2) ? -8 : 8»;", "8"),
+        "signs of other vectors": (TENSOR_STEPS, "values.at[e] *= -sign[«4 * e»];", "0"),
+        "the element before the diagonal is kept": (TENSOR_STEPS, "if («i > j + 1» ||", "i > j"),
+        "no mirror image": (TENSOR_STEPS, "if («i < second») matrix", "false"),
+        "a mirror image that is not turned": (TENSOR_STEPS, "«turned ? j + 1 : j», second", "j"),
+        "small terms are left out": (TENSOR_STEPS, "low = «x - high»;", "0"),
+        "columns beyond the end are written": (TENSOR_STEPS, "i >= side || «j >= side») return;", "false"),
     },
     probe_large_inverses: {
         "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),
@@ -262,7 +309,8 @@ ALL = [fault for of_probe in FAULTS.values() for fault in of_probe.values()]
 def notice(driver, probe, fault: int = 0) -> str:
     """What noticed the fault, or nothing."""
     for schedule in SCHEDULES:
-        session = host.Session(driver, getattr(probe, "shared_memory", SMALL), fault)
+        memory, tensor_cores = getattr(probe, "shared_memory", SMALL), getattr(probe, "tensor_cores", True)
+        session = host.Session(driver, memory, fault, tensor_cores)
         try:
             probe(session, schedule)
         except (host.Fault, AssertionError, RuntimeError) as error:

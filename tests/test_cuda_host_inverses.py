@@ -10,8 +10,10 @@ from tests.cuda_host import host
 from tests.cuda_host.host import SCHEDULES
 from tests.test_cuda_host import assert_within, normal
 
-SMALL, LARGE = 99 << 10, 22 << 10
+SMALL, LARGE, MOST = 99 << 10, 22 << 10, 227 << 10
 """Shared memory of the device, in bytes: with little of it, matrices of more than about 50 rows take the other way."""
+WAYS = {"tensor": (MOST, True), "small": (SMALL, False), "large": (LARGE, True)}
+"""With it, whether tensor cores are fast: up to 144 rows of float32 are then updated on them if there is enough of it."""
 
 
 def damped_inverse(batch, d, seed=0, dtype="float32"):
@@ -38,9 +40,10 @@ def check_update(session, batch, d, k, dtype, schedule, weight=None, what=""):
     assert np.array_equal(got, got.swapaxes(1, 2)), "exactly symmetric"
 
 
-@pytest.fixture(params=[SMALL, LARGE], ids=["small", "large"])
+@pytest.fixture(params=WAYS)
 def sized_session(driver, request):
-    session = host.Session(driver, request.param)
+    memory, tensor_cores = WAYS[request.param]
+    session = host.Session(driver, memory, tensor_cores=tensor_cores)
     yield session
     session.close()
 
@@ -67,7 +70,7 @@ def test_inverses_of_batches_and_weights(sized_session, schedule):
     vectors[0, :, 0] = 2, 3
     inverse = np.eye(4, dtype=np.float32)[None]
     got, status = host.sherman_morrison(sized_session, inverse, vectors, np.array([[-1.0, 1]]))
-    assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6)
+    assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6, abs=3e-7)  # what is left of 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -116,10 +119,11 @@ def test_inverses_of_views(sized_session):
     assert not status.any() and (got == 7).all(), "nothing outside the view is written"
 
 
+@pytest.mark.parametrize("tensor_cores", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_small_inverses_of_full_size(driver, schedule):
+def test_small_inverses_of_full_size(driver, schedule, tensor_cores):
     """What fits a large GPU only; the last block of vectors full or not, weights of both signs, rows not of words."""
-    session = host.Session(driver, 227 << 10)
+    session = host.Session(driver, MOST, tensor_cores=tensor_cores)
     try:
         for batch, d, k, dtype in [
             (2, 64, 64, "float32"),
@@ -129,7 +133,7 @@ def test_small_inverses_of_full_size(driver, schedule):
             (1, 190, 33, "float32"),  # more columns than one pass of the threads takes
         ]:
             check_update(session, batch, d, k, dtype, schedule)
-        for d, k in ((64, 48), (37, 33)):
+        for d, k in ((64, 48), (37, 33), (97, 81)):
             inverse, vectors = damped_inverse(7, d), 0.2 * normal(7, k, d, seed=1)
             weight = np.random.default_rng(2).uniform(0.1, 1, (7, k))
             weight[::2, ::3] *= -0.1  # all others keep the order of the vectors

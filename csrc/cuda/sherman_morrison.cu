@@ -1,4 +1,4 @@
-// Chooses between the two ways by what fits into the device's shared memory. See mtz/sherman_morrison.h.
+// Chooses between the ways by what the device has and what fits into its shared memory. See mtz/sherman_morrison.h.
 #include "cuda/sherman_morrison.cuh"
 
 namespace mtz::cuda {
@@ -18,13 +18,20 @@ __global__ void nothing_kernel(ShermanMorrisonArgs g) {
 }
 
 template <class T>
+bool fits_tensor(Index d) {
+    return sizeof(T) == 4 && fits_tensor_cores(d);
+}
+
+template <class T>
 Status run(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
+    if (fits_tensor<T>(g.d)) return update_tensor(g, workspace, stream);
     return fits_shared_memory<T>(g.d) ? update_small<T>(g, workspace, stream) : update_large<T>(g, workspace, stream);
 }
 
 template <class T>
 std::size_t workspace_bytes(const ShermanMorrisonArgs& g) {
-    return fits_shared_memory<T>(g.d) ? std::size_t(small_workspace(g)) : large_workspace<T>(g);
+    const bool small = fits_tensor<T>(g.d) || fits_shared_memory<T>(g.d);
+    return small ? std::size_t(small_workspace(g)) : large_workspace<T>(g);
 }
 
 }  // namespace

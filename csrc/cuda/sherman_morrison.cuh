@@ -1,4 +1,4 @@
-// What both ways of mtz/sherman_morrison.h share: the order of the vectors and what is asked of pivots.
+// What all ways of mtz/sherman_morrison.h share: the order of the vectors and what is asked of pivots.
 //
 // Vectors go in blocks of K. With Y [K, d] scaled by sqrt|w|, D the signs, V = Y A^-1 and S = D + V Y^T = L diag(p) L^T:
 //
@@ -119,12 +119,15 @@ __device__ __forceinline__ void order_vectors(const double* weight, Index stride
     for (Index q = first; q < last; ++q) order[weight[q * stride] >= 0 ? positive++ : other++] = q;
 }
 
-// The two ways: each matrix in shared memory through all its updates, or all matrices in passes over the whole device.
+// The ways: each matrix in shared memory through all its updates, of float32 on tensor cores where these are fast, or all
+// matrices in passes over the whole device.
+bool fits_tensor_cores(Index d);
+Status update_tensor(const ShermanMorrisonArgs& g, void* workspace, void* stream);
 template <class T>
 bool fits_shared_memory(Index d);
-Index small_workspace(const ShermanMorrisonArgs& g);
 template <class T>
 Status update_small(const ShermanMorrisonArgs& g, void* workspace, void* stream);
+Index small_workspace(const ShermanMorrisonArgs& g);  // of either
 template <class T>
 std::size_t large_workspace(const ShermanMorrisonArgs& g);
 template <class T>

@@ -13,39 +13,28 @@ std::size_t shared_bytes(Index d) {
     return space.size.bytes();
 }
 
-__device__ __forceinline__ bool in_words(const void* data, Index stride, Index other, int count) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % count == 0 && other % count == 0;
-}
-
 __device__ __forceinline__ int whole_warps(int threads) {
     return (threads + kWarp - 1) / kWarp * kWarp;
 }
 
 template <class T>
 struct Small {
-    static constexpr int kWide = 16 / sizeof(T);
-    struct alignas(16) Word {
-        T at[kWide];
-    };
-
     const ShermanMorrisonArgs& g;
     Block<T> block;
     Layout<T> at;
+    Resident<T> resident;
     int thread, threads, warp;
-    bool words, vector_words;  // rows may be copied by 16 bytes
 
     __device__ __forceinline__ explicit Small(const ShermanMorrisonArgs& args)
         : g(args),
           block(side_of(args.d), int(threadIdx.x)),
           at(block.at),
+          resident(args, at.side),
           thread(int(threadIdx.x)),
           threads(int(blockDim.x)) {
         SharedMemory memory;
         block.take(memory);
         warp = thread / kWarp;
-        words = in_words(g.inverse, g.inverse_batch_stride, g.inverse_row_stride, kWide);
-        vector_words = g.vectors.column_stride == 1 &&
-                       in_words(g.vectors.data, g.vectors.batch_stride, g.vectors.row_stride, kWide);
     }
 
     // The same, its addresses and what follows from them worked out again, so that no registers hold them through a step.
@@ -55,60 +44,18 @@ struct Small {
         result.take(memory);
         return result;
     }
-    __device__ __forceinline__ T* inverse(Index p) const {
-        return static_cast<T*>(g.inverse) + p * g.inverse_batch_stride;
-    }
+    __device__ __forceinline__ T* element(int i, int j) const { return block.matrix + i * at.pitch + j; }
     __device__ __forceinline__ bool there(int b) const { return Index(b) * K < g.k; }
-
-    // Starts copying a matrix of `count` rows of d elements into one of `rows`, [rows, side]; what is beyond becomes zero.
-    template <int Count, class Row>
-    __device__ __forceinline__ void start_copy(int me, T* to, int pitch, int rows, Index stride, int step,
-                                               Row row) const {
-        for_each(rows, at.side / Count, me, step, [&](int i, int j) {
-            const T* from = row(i);
-            const Index left = from ? g.d - Index(j) * Count : 0;
-            const int valid = int(left < 0 ? 0 : smaller(left, Count)) * int(sizeof(T));
-            copy_async<Count* int(sizeof(T))>(to + i * pitch + j * Count,
-                                              valid ? from + Index(j) * Count * stride : inverse(0), valid);
-        });
-    }
-
-    __device__ __forceinline__ void start_matrix(Index p) const {
-        const T* from = inverse(p);
-        const auto row = [&](int i) { return i < g.d ? from + i * g.inverse_row_stride : nullptr; };
-        if (words)
-            start_copy<kWide>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
-        else
-            start_copy<1>(thread, block.matrix, at.pitch, at.side, 1, threads, row);
-    }
 
     // Block b of the vectors, by the first `step` threads.
     __device__ __forceinline__ void start_vectors(Index p, const Index* order, int b, int step) const {
-        const Index first = Index(b) * K;
-        const auto start = [&](int q) {
-            return p * g.vectors.batch_stride + (order ? order[first + q] : first + q) * g.vectors.row_stride;
-        };
-        T* to = block.raw_of(b);
-        const int me = recomputed(thread, b);
-        if (g.vector_scalar != g.scalar) {
-            for_each(K, at.side, me, step, [&](int q, int j) {
-                const bool any = first + q < g.k && j < g.d;
-                to[q * at.side + j] = any ? load_vector_element<T>(g, start(q) + j * g.vectors.column_stride) : T(0);
-            });
-            return;
-        }
-        const T* from = static_cast<const T*>(g.vectors.data);
-        const auto row = [&](int q) { return first + q < g.k ? from + start(q) : nullptr; };
-        if (vector_words)
-            start_copy<kWide>(me, to, at.side, K, 1, step, row);
-        else
-            start_copy<1>(me, to, at.side, K, g.vectors.column_stride, step, row);
+        T* raw = block.raw_of(b);
+        resident.start_vectors(p, order, Index(b) * K, K, recomputed(thread, b), step,
+                               [&](int q, int j) { return raw + q * at.side + j; });
     }
 
     __device__ __forceinline__ double weight(Index p, const Index* order, int b) const {
-        const Index q = Index(b) * K + thread;
-        if (thread >= K || q >= g.k) return 0;
-        return g.weight[p * g.weight_batch_stride + (order ? order[q] : q) * g.weight_stride];
+        return resident.weight(p, order, Index(b) * K, K);
     }
     __device__ __forceinline__ void keep_weight(int b, double w) const {
         if (thread >= K) return;
@@ -116,24 +63,12 @@ struct Small {
         block.sign_of(b)[thread] = T(w < 0 ? -1 : 1);
     }
 
-    // Brings the matrix and the first vectors. Their order is as they came unless a weight is negative or NaN, which is
-    // found out while they are on their way.
+    // Brings the matrix and the first vectors.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
-        start_matrix(p);
-        const double* weights = g.weight + p * g.weight_batch_stride;
-        bool other = false;
-#pragma unroll 1
-        for (Index q = thread; q < g.k; q += threads) other = other || !(weights[q * g.weight_stride] >= 0);
-        const Index* order = nullptr;
-        for (;;) {
-            start_vectors(p, order, 0, threads);
-            copy_async_commit();
-            if (order || !sync_block_any(other)) break;
-            order = orders + p * g.k;
-            order_vectors(weights, g.weight_stride, g.k, orders + p * g.k, reinterpret_cast<Index*>(block.v));
-            copy_async_wait<0>();
-            sync_block();  // the order is there
-        }
+        resident.start_matrix(p, [&](int i, int j) { return element(i, j); });
+        const Index* order =
+            resident.bring_in_order(p, orders, reinterpret_cast<Index*>(block.v),
+                                    [&](const Index* order) { start_vectors(p, order, 0, threads); });
         keep_weight(0, weight(p, order, 0));
         if (thread == 0) *block.doubt = rounding<T>(g.d);
         copy_async_wait<0>();
@@ -183,26 +118,11 @@ struct Small {
             again(b).small_products(b + 1, later);
             sync_block();  // S of the next block is there
         }
-        int worst = kUpdated;
-        for (int i = thread; i < g.d; i += threads) {
-            const int status = judge_diagonal(double(block.matrix[i * at.pitch + i]));
-            if (status > worst) worst = status;
-        }
-        if (sync_block_any(worst == kNotFinite)) return kNotFinite;
-        return sync_block_any(worst == kIndefinite) ? kIndefinite : kUpdated;
+        return resident.judge([&](int i, int j) { return element(i, j); });
     }
 
     __device__ __forceinline__ void write(Index p) const {
-        T* to = inverse(p);
-        const int d = int(g.d);
-        if (words && d % kWide == 0)
-            for_each(d, d / kWide, thread, threads, [&](int i, int j) {
-                *reinterpret_cast<Word*>(to + i * g.inverse_row_stride + j * kWide) =
-                    *reinterpret_cast<const Word*>(block.matrix + i * at.pitch + j * kWide);
-            });
-        else
-            for_each(d, d, thread, threads,
-                     [&](int i, int j) { to[i * g.inverse_row_stride + j] = block.matrix[i * at.pitch + j]; });
+        resident.write(p, [&](int i, int j) { return element(i, j); });
     }
 };
 

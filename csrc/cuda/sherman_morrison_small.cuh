@@ -12,7 +12,7 @@
 // The pitch of the matrix is an odd number of 16-byte words: the same words of rows next to each other lie in other banks.
 #pragma once
 
-#include "cuda/sherman_morrison.cuh"
+#include "cuda/sherman_morrison_resident.cuh"
 
 namespace mtz::cuda::small {
 
@@ -45,16 +45,6 @@ struct Layout {
 
 __host__ __device__ __forceinline__ int side_of(Index d) {
     return int(ceil_div(d, 8) * 8);
-}
-
-// f(i, j) for all i < rows, j < columns, by the first `step` threads, a row a warp; not unrolled, as its code is fetched
-// more often than it is run.
-template <class F>
-__device__ __forceinline__ void for_each(int rows, int columns, int thread, int step, F f) {
-#pragma unroll 1
-    for (int i = thread / kWarp; i < rows; i += step / kWarp)
-#pragma unroll 1
-        for (int j = thread % kWarp; j < columns; j += kWarp) f(i, j);
 }
 
 // Tile number e of the upper triangle of n x n: row r is followed by row n - 1 - r, so that both make n + 1 together.
