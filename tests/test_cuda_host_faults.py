@@ -39,14 +39,7 @@ def probe_distances(session, schedule):
 def probe_inverses(session, schedule):
     for batch, d, k in ((7, 19, 20), (1, 84, 36), (1, 24, 81)):
         check_update(session, batch, d, k, "float32", schedule)
-    # a vector is taken out before it is put in
-    inverse, vectors = damped_inverse(2, 20), normal(2, 40, 20, seed=1)
-    weight = np.ones((2, 40))
-    weight[1, :20], vectors[1, 20:] = -1, 1.25 * vectors[1, :20]
-    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
-    expected = afresh(inverse, vectors, weight)
-    assert not status.any()
-    assert_within(got, expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
+    check_taken_out_first(session, 20, schedule)
     # the first matrix fails: its pivot is -1 + 3
     inverse = np.eye(5, dtype=np.float32)[None].repeat(6, 0)
     vectors = inverse[:, :1].copy()
@@ -68,10 +61,27 @@ def probe_tensor_inverses(session, schedule):
 probe_tensor_inverses.shared_memory = MOST
 
 
+def check_taken_out_first(session, d, schedule):
+    """Vectors of negative weight come before those that replace them."""
+    inverse, vectors = damped_inverse(2, d), normal(2, 40, d, seed=1)
+    weight = np.ones((2, 40))
+    weight[1, :20], vectors[1, 20:] = -1, 1.25 * vectors[1, :20]
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    expected = afresh(inverse, vectors, weight)
+    assert not status.any()
+    assert_within(got, expected, 2e-5, np.abs(expected).max((1, 2), keepdims=True))
+
+
 def probe_large_inverses(session, schedule):
     check_update(session, 2, 99, 3, "float32", schedule)
     check_update(session, 1, 300, 20, "float32", schedule)
     check_update(session, 1, 130, 120, "float32", schedule)
+    check_taken_out_first(session, 99, schedule)
+    inverse, vectors, weight = damped_inverse(1, 99), 0.02 * normal(1, 40, 99, seed=1), -np.ones((1, 40))
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    expected = afresh(inverse, vectors, weight)
+    assert not status.any()
+    assert_within(got, expected, 2e-5, np.abs(expected).max())
     # the second matrix fails in the last of several rounds
     inverse, vectors, weight = damped_inverse(2, 70), normal(2, 70, 70, seed=1), np.ones((2, 70))
     weight[1, 69] = -100
@@ -112,8 +122,8 @@ MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
-LARGE_PRODUCT, LARGE_PIVOTS = (f"sherman_morrison_large{part}" for part in (".cuh", "_pivots.cu"))
 PIVOTS = "pivots.cuh"
+LARGE_PRODUCT, LARGE_PIVOTS = (f"sherman_morrison_large{part}" for part in (".cuh", "_pivots.cu"))
 SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
@@ -191,8 +201,6 @@ FAULTS = {
         "copies not waited for": (TENSOR, "«copy_async_wait<0>();»\n            sync_block();  // the matrix has", ""),
         "no barrier before the matrix is used": (TENSOR, "«sync_block();»  // the matrix and", ""),
         "no barrier before S": (TENSOR, "«sync_block();»  // V is there", ""),
-        "no barrier before the pivots": (PIVOTS, "«sync_block();»  // S is there", ""),
-        "no barrier after the pivots": (PIVOTS, "«sync_block();»  // S and R", ""),
         "no barrier before the update": (TENSOR, "«sync_block();»  // V is solved", ""),
         "no barrier after the update": (TENSOR, "«sync_block();»  // the matrix has", ""),
         "the next panel over this one": (TENSOR, "if (next) start_vectors(p, order, first + panel, «out»)", "in"),
@@ -217,10 +225,13 @@ FAULTS = {
     probe_large_inverses: {
         "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),
         "copies not waited for": (LARGE_PRODUCT, "«copy_async_wait<1>();»", "copy_async_wait<2>();"),
-        "the next piece over one in use": (LARGE_PRODUCT, "kDepth, «stage == 0 ? 2 : stage - 1»)", "stage"),
+        "the next piece over one in use": (LARGE_PRODUCT, "kDepth, «(piece + 2) % P::kStages»)", "piece % P::kStages"),
         "one row too many": (LARGE_PRODUCT, "«i + e * down < count» ?", "i + e * down <= count"),
         "one column too many": (LARGE_PRODUCT, "left = «columns - column»,", "columns - column + 1"),
-        "rows in another slot": (LARGE_PRODUCT, "copy_async<16>(to + («at / 4 % 8» +", "at % 8"),
+        "rows in another slot": (LARGE_PRODUCT, ": («j / 4 % 8» +", "j % 8"),
+        "steps of another lane": (LARGE_PRODUCT, "place_a(«4 * t», row())", "4 * (t ^ 1)"),
+        "without the small parts": (LARGE_PRODUCT, "«multiply(&Tf32::low, &Tf32::high);»", ""),
+        "sums in another row": (LARGE_PRODUCT, "sum[r + «e / 2»]", "e % 2"),
         "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel", "true"),
         "unaligned rows are written as words": (LARGE_INVERSES, "«words» ? update_kernel", "true"),
         "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
@@ -240,14 +251,16 @@ FAULTS = {
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
         "half of a warp is not summed": (LARGE_PIVOTS, "int mask = «kWarp / 2»", "kWarp / 4"),
         "one chunk is not added up": (LARGE_PIVOTS, "«chunk < w.chunks»; ++chunk", "chunk < w.chunks - 1"),
-        "no barrier before sizes are used": (LARGE_PIVOTS, "«sync_block();»  // sizes and signs", ""),
-        "no barrier before the first pivot": (LARGE_PIVOTS, "«sync_block();»  // the first column is there", ""),
-        "no barrier between pivots": (LARGE_PIVOTS, "«sync_block();»  // this column is there", ""),
-        "the next column too late": (LARGE_PIVOTS, "if («x == at») {", "x == at + 1"),
-        "the pivot ahead too early": (LARGE_PIVOTS, "x == («at + 1») % 16", "at"),
-        "no barrier after the last pivot": (LARGE_PIVOTS, "«sync_block();»  // all of the pivots", ""),
-        "no barrier before the roots are used": (LARGE_PIVOTS, "«sync_block();»  // the roots", ""),
-        "no barrier before panels are coupled": (LARGE_PIVOTS, "«sync_block();»  // L^-1 and V Y^T", ""),
+        "no barrier before S is used": (PIVOTS, "«sync_block();»  // S is there", ""),
+        "no barrier after the pivots": (PIVOTS, "«sync_block();»  // N is there", ""),
+        "no barrier before rows are reduced": (PIVOTS, "«sync_block();»  // M and X of this block", ""),
+        "no barrier between blocks of pivots": (PIVOTS, "«sync_block();»  // S and R are without", ""),
+        "no zeros above the diagonal": (PIVOTS, "«j < blocks * kBlock»; ++j", "false"),
+        "another row is taken out": (PIVOTS, "shuffle_from(row[k], «half + j»)", "half + (j ^ 1)"),
+        "the last pivot only": (PIVOTS, "if («other < worst») worst", "other > worst"),
+        "signs are not looked at": (PIVOTS, "other[k] *= «sign[m * kBlock + k]»;", "T(1)"),
+        "S is not taken away": (PIVOTS, "(«j == m» ? T(0)", "false"),
+        "no barrier before panels are coupled": (LARGE_PIVOTS, "«sync_block();»  // V Y^T is there", ""),
     },
     probe_matching: {
         "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),

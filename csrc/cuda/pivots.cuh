@@ -40,10 +40,10 @@ struct Pivots {
         const int thread = int(threadIdx.x), threads = int(blockDim.x);
         sync_block();  // S is there
         for (int i = thread; i < blocks * kBlock; i += threads) {
-            size[i] = s[i * kPitch + i];
+            if (i < kBlock)  // as only this thread reads it
+                for (int m = 0; m < blocks; ++m) size[m * kBlock + i] = s[(m * kBlock + i) * (kPitch + 1)];
             for (int j = (i / kBlock + 1) * kBlock; j < blocks * kBlock; ++j) inverse[i * kPitch + j] = 0;
         }
-        sync_block();  // and its diagonal
 #pragma unroll 1
         for (int m = 0; m < blocks; ++m) {
             if (thread < kWarp) factor(m, doubt);
@@ -108,9 +108,9 @@ struct Pivots {
 #pragma unroll
             for (int k = 0; k < kBlock; ++k) row[k] = multiply_add(factor, shuffle_from(row[k], half + j), row[k]);
         }
-        double p = double(shuffle_from(pivot, i));
-        const int judged = judge_pivot(double(mine), double(size[at]), doubt, p);
-        const T root = T(1) / square_root(T(p < 0 ? -p : p));
+        double p = double(pivot);
+        const int judged = half ? int(kUpdated) : judge_pivot(double(mine), double(size[at]), doubt, p);
+        const T root = shuffle_from(T(1) / square_root(T(p < 0 ? -p : p)), i);
         if (half) {
 #pragma unroll
             for (int k = 0; k < kBlock; k += 4) {
