@@ -13,7 +13,7 @@ from tests.test_cuda_host import assert_within, normal
 SMALL, LARGE, MOST = 99 << 10, 22 << 10, 227 << 10
 """Shared memory of the device, in bytes: with little of it, matrices of more than about 50 rows take the other way."""
 WAYS = {"tensor": (MOST, True), "small": (SMALL, False), "large": (LARGE, True)}
-"""With it, whether tensor cores are fast: up to 144 rows of float32 are then updated on them if there is enough of it."""
+"""With it, whether tensor cores are fast: those then update up to 144 rows of float32 if there is enough of it."""
 
 
 def damped_inverse(batch, d, seed=0, dtype="float32"):

@@ -4,44 +4,32 @@
 //     V = Y A^-1;  S = V Y^T;  the pivots;  V <- X V;  A^-1 -= V^T D V, while the next panel comes
 //
 // See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X, cuda/sherman_morrison_tensor.cuh for the products.
-#include "cuda/sherman_morrison_tensor.cuh"
-
 #include "cuda/sherman_morrison_resident.cuh"
+#include "cuda/sherman_morrison_tensor.cuh"
 
 namespace mtz::cuda {
 namespace tensor {
 namespace {
 
-// Tiles of 16 x 8 that a warp has of the update, and how many blocks of threads share a multiprocessor. V goes in strips of
-// kColumns tiles, two warps each.
-struct Narrow {  // up to 64 rows
-    static constexpr int kRows = 1, kColumns = 2, kWarps = 8, kBlocks = 2;
-};
-struct Wide {  // up to 144 rows: 12 strips and 12 parts of the update
-    static constexpr int kRows = 3, kColumns = 3, kWarps = 12, kBlocks = 1;
-};
-constexpr int kNarrowSide = 64;
-
+template <class Shape>
 std::size_t shared_bytes(Index d) {
     CountedMemory space;
-    Lane(side_of(d), 0).take(space);
+    Lane<Shape>(d, 0).take(space);
     return space.size.bytes();
 }
 
 template <class Shape>
 struct Block {
     const ShermanMorrisonArgs& g;
-    Lane lane;
+    Lane<Shape> lane;
     Resident<float> resident;
-    int warp;
-    int panel;  // no more vectors than rows: what a panel loses to rounding grows with the ratio to A^-1 after it
+    int warp, panel;
 
     __device__ __forceinline__ explicit Block(const ShermanMorrisonArgs& args)
-        : g(args), lane(side_of(args.d), int(threadIdx.x)), resident(args, lane.side) {
+        : g(args), lane(args.d, int(threadIdx.x)), resident(args, lane.side), panel(lane.panel) {
         SharedMemory memory;
         lane.take(memory);
         warp = resident.thread / kWarp;
-        panel = int(smaller(larger(g.d, lane.kBlock) / lane.kBlock * lane.kBlock, kPanel));
     }
 
     __device__ __forceinline__ float* element(int i, int j) const { return lane.matrix + lane.at(i, j); }
@@ -62,9 +50,9 @@ struct Block {
     // Brings the matrix and the first panel.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
         resident.start_matrix(p, [&](int i, int j) { return element(i, j); });
-        const Index* order = resident.bring_in_order(
-            p, orders, reinterpret_cast<Index*>(lane.place(1)),
-            [&](const Index* order) { start_vectors(p, order, 0, lane.place(0)); });
+        const Index* order =
+            resident.bring_in_order(p, orders, reinterpret_cast<Index*>(lane.place(1)),
+                                    [&](const Index* order) { start_vectors(p, order, 0, lane.place(0)); });
         keep_weight(resident.weight(p, order, 0, panel));
         copy_async_wait<0>();
         sync_block();  // the matrix and the vectors are there
@@ -79,7 +67,7 @@ struct Block {
         for (;;) {  // rows of parts get shorter by `ratio`
             while (j >= across && i * rows < lane.side) ++i, j += ratio * i - across;
             if (i * rows >= lane.side) return;
-            lane.update<Shape::kRows, Shape::kColumns>(blocks, i * rows, j * columns, v);
+            lane.update(blocks, i * rows, j * columns, v);
             j += Shape::kWarps;
         }
     }
@@ -87,7 +75,7 @@ struct Block {
     // The status, the same for every thread.
     __device__ __forceinline__ int update_all(Index p, const Index* order) const {
         const double doubt = rounding<float>(g.d);
-        const int strips = int(ceil_div(lane.side, 8 * Shape::kColumns));
+        const int parts = 2 * int(ceil_div(lane.side, 8 * Shape::kColumns));
         int y = 0;  // the place of Y
 #pragma unroll 1
         for (Index first = 0; first < g.k; first += panel, y ^= 1) {
@@ -96,8 +84,8 @@ struct Block {
             float *in = lane.place(y), *out = lane.place(y ^ 1);
             if (resident.thread < kPanel) lane.pivots.sign[resident.thread] = lane.root[resident.thread] < 0 ? -1 : 1;
 #pragma unroll 1
-            for (int e = warp; e < 2 * strips; e += Shape::kWarps)
-                lane.make_v<Shape::kColumns>(there, e % 2, e / 2, in, out);
+            for (int e = warp; e < parts; e += Shape::kWarps)
+                if (e % 2 < there) lane.make_v({there, e}, in, out);
             sync_block();  // V is there
 #pragma unroll 1
             for (int e = warp; e < there * (there + 1) / 2; e += Shape::kWarps) lane.make_s(e, in, out);
@@ -106,8 +94,8 @@ struct Block {
             if (status != kUpdated) return status;
             keep_weight(w);
 #pragma unroll 1
-            for (int e = warp; e < 2 * strips; e += Shape::kWarps)
-                lane.solve<Shape::kColumns>(there, e % 2, e / 2, out, in);
+            for (int e = warp; e < parts; e += Shape::kWarps)
+                if (e % 2 < there) lane.solve({there, e}, out, in);
             sync_block();  // V is solved
             if (next) start_vectors(p, order, first + panel, out);
             copy_async_commit();
@@ -136,28 +124,29 @@ __global__ void __launch_bounds__(Shape::kWarps* kWarp, Shape::kBlocks)
 template <class Shape>
 Status update(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
     Index* orders = Workspace(workspace).take<Index>(g.batch * g.k);
-    return status_of(launch_in_turn(tensor_kernel<Shape>, g.batch, Shape::kWarps * kWarp, shared_bytes(g.d), stream, g,
-                                    orders));
+    return status_of(launch_in_turn(tensor_kernel<Shape>, g.batch, Shape::kWarps * kWarp, shared_bytes<Shape>(g.d),
+                                    stream, g, orders));
 }
 
 }  // namespace
 }  // namespace tensor
 
-// Unlike kTensorCores this asks the device, for any part of it may run what was compiled for another.
+// Unlike kTensorCores this asks the device, as one may run what was compiled for another.
 bool fits_tensor_cores(Index d) {
+    using namespace tensor;
     int device = 0, major = 0, minor = 0, most = 0;
-    if (d > 512 || cudaGetDevice(&device) != cudaSuccess ||
+    if (d > Wide::kMost || cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return false;
     const bool fast = major == 10 || ((major == 8 || major == 9) && minor == 0);
-    return fast && tensor::shared_bytes(d) <= std::size_t(most);
+    return fast && (d <= Narrow::kMost ? shared_bytes<Narrow>(d) : shared_bytes<Wide>(d)) <= std::size_t(most);
 }
 
 Status update_tensor(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
     using namespace tensor;
-    return side_of(g.d) <= kNarrowSide ? update<Narrow>(g, workspace, stream) : update<Wide>(g, workspace, stream);
+    return g.d <= Narrow::kMost ? update<Narrow>(g, workspace, stream) : update<Wide>(g, workspace, stream);
 }
 
 }  // namespace mtz::cuda

@@ -6,6 +6,7 @@
 // lanes that load at a time do so from all banks, along rows (16 bytes, rows g) as well as down columns (rows t).
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "cuda/pivots.cuh"
@@ -29,209 +30,268 @@ struct alignas(8) Two {
 // 16 x 8 of a product
 using Tile = float[4];
 
-// Sixteen steps: a's rows g and g + 8, b's columns g of each tile. Only these are summed by the hardware, small terms first,
-// as it truncates its sums.
-template <int N>
-__device__ __forceinline__ void multiply_add(Tile (&sum)[N], const Tf32 (&a)[2][4], const Tf32 (&b)[N][4]) {
-    Tile part[N] = {};
+// sum += a b over sixteen steps: a's rows g and g + 8, b's columns g of each tile. Only these are summed by the hardware, in
+// small terms first, as it truncates its sums; where there are few tiles, in two parts that do not wait for each other.
+template <int M, int N>
+__device__ __forceinline__ void multiply_add(Tile (*sum)[N], const Tf32 (&a)[M][2][4], const Tf32 (&b)[N][4]) {
+    constexpr int parts = M * N <= 2 ? 2 : 1;
+    Tile part[parts][M][N] = {};
 #pragma unroll
-    for (int e = 0; e < 4; e += 2)
+    for (int term = 0; term < 3; ++term)
 #pragma unroll
-        for (int n = 0; n < N; ++n)
-            multiply_add_tf32(part[n], a[0][e].low, a[1][e].low, a[0][e + 1].low, a[1][e + 1].low, b[n][e].high,
-                              b[n][e + 1].high);
+        for (int e = 0; e < 4; e += 2)
 #pragma unroll
-    for (int e = 0; e < 4; e += 2)
+            for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < N; ++n)
-            multiply_add_tf32(part[n], a[0][e].high, a[1][e].high, a[0][e + 1].high, a[1][e + 1].high, b[n][e].low,
-                              b[n][e + 1].low);
-#pragma unroll
-    for (int e = 0; e < 4; e += 2)
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-            multiply_add_tf32(part[n], a[0][e].high, a[1][e].high, a[0][e + 1].high, a[1][e + 1].high, b[n][e].high,
-                              b[n][e + 1].high);
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[n][e] += part[n][e];
-}
-
-// M x N tiles, row of tiles m over the first ends[m] of `chunks` sixteens; a(chunk, m, half, values) and
-// b(chunk, n, values) bring a lane's four slots.
-template <int M, int N, class A, class B>
-__device__ __forceinline__ void multiply(Tile (&sum)[M][N], int chunks, const int (&ends)[M], A a, B b) {
-#pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-        Tf32 right[N][4];
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const Four<float> values = b(c, n);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) right[n][e] = split(values.at[e]);
-        }
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            if (c >= ends[m]) continue;  // the same for the whole warp
-            Tf32 left[2][4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const Four<float> values = a(c, m, half);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) left[half][e] = split(values.at[e]);
-            }
-            multiply_add(sum[m], left, right);
-        }
-    }
-}
-
-// f(m, n, half, values) of this lane's two columns of rows g and g + 8 of each tile
-template <int M, int N, class F>
-__device__ __forceinline__ void for_each_pair(const Tile (&sum)[M][N], F f) {
+                for (int n = 0; n < N; ++n) {
+                    const Tf32 &a0 = a[m][0][e], &a1 = a[m][1][e], &a2 = a[m][0][e + 1], &a3 = a[m][1][e + 1];
+                    const Tf32 &b0 = b[n][e], &b1 = b[n][e + 1];
+                    Tile& to = part[e / 2 % parts][m][n];
+                    if (term == 0)
+                        multiply_add_tf32(to, a0.low, a1.low, a2.low, a3.low, b0.high, b1.high);
+                    else
+                        multiply_add_tf32(to, a0.high, a1.high, a2.high, a3.high, term == 1 ? b0.low : b0.high,
+                                          term == 1 ? b1.low : b1.high);
+                }
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                f(m, n, half, Two{{sum[m][n][2 * half], sum[m][n][2 * half + 1]}});
+            for (int e = 0; e < 4; ++e) {
+                if constexpr (parts == 2) part[0][m][n][e] += part[1][m][n][e];
+                sum[m][n][e] += part[0][m][n][e];
+            }
 }
+
+__device__ __forceinline__ void split(const Four<float>& values, Tf32 (&to)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = split(values.at[e]);
+}
+
+// Rows of tiles from First on, Together at a time, over sixteens begin to end - 1; a(chunk, m, half) and b(chunk, n) are a
+// lane's four slots.
+template <int First, int Together, int M, int N, class A, class B>
+__device__ __forceinline__ void multiply_rows(Tile (&sum)[M][N], int begin, int end, A a, B b) {
+#pragma unroll 1
+    for (int c = begin; c < end; ++c) {
+        Tf32 right[N][4];
+#pragma unroll
+        for (int n = 0; n < N; ++n) split(b(c, n), right[n]);
+#pragma unroll
+        for (int m = First; m < M; m += Together) {
+            Tf32 left[Together][2][4];
+#pragma unroll
+            for (int e = 0; e < 2 * Together; ++e) split(a(c, m + e / 2, e % 2), left[e / 2][e % 2]);
+            multiply_add<Together>(sum + m, left, right);
+        }
+    }
+}
+// Two rows of tiles, the first of them shorter
+template <int N, class A, class B>
+__device__ __forceinline__ void multiply_two(Tile (&sum)[2][N], int shorter, int longer, A a, B b) {
+    multiply_rows<0, 2>(sum, 0, shorter, a, b);
+    multiply_rows<1, 1>(sum, shorter, longer, a, b);
+}
+
+// This lane's two columns of row g, or g + 8, of a tile
+__device__ __forceinline__ Two pair_of(const Tile& tile, int half) {
+    return {{tile[2 * half], tile[2 * half + 1]}};
+}
+
+// kRows x kColumns tiles are a warp's part of the update, and two warps take kColumns tiles of V. kBlocks blocks of threads
+// share a multiprocessor.
+struct Narrow {
+    static constexpr int kMost = 64, kPitch = 80, kRows = 1, kColumns = 2, kWarps = 8, kBlocks = 2;
+};
+struct Wide {  // for 144: 12 halves of strips and 12 parts of the update
+    static constexpr int kMost = 144, kPitch = 144, kRows = 3, kColumns = 3, kWarps = 12, kBlocks = 1;
+};
 
 __host__ __device__ __forceinline__ int side_of(Index d) {
     return int(ceil_div(d, 16) * 16);
 }
+// Vectors of a panel: no more than rows, as what a panel loses to rounding grows with the ratio of A^-1 before and after it.
+__host__ __device__ __forceinline__ int panel_of(Index d) {
+    return int(smaller(larger(d / 16, 1) * 16, kPanel));
+}
 
-// A lane's view of a matrix, rows of vectors and pivots. A panel's vectors Y are in one of two places, V goes to the other;
-// the solved V to that of Y, and the next Y to that of V.
+// A lane's view of a matrix, a panel and its pivots. Y is in one of two places and V goes to the other; the solved V to that
+// of Y, and the next Y to that of V.
+template <class Shape>
 struct Lane {
-    static constexpr int kBlock = Pivots<float>::kBlock, kPitch = Pivots<float>::kPitch;
-    int side, pitch, g, t;
-    float *matrix, *vectors;  // [side, pitch], 2 [kPanel, pitch]
+    static constexpr int kBlock = Pivots<float>::kBlock, kPivotPitch = Pivots<float>::kPitch, kPitch = Shape::kPitch;
+    static constexpr int N = Shape::kColumns;
+    static_assert(kPitch % 32 == 16 && kPitch >= Shape::kMost);
+    int side, panel, g, t;
+    float *matrix, *vectors;  // [side, kPitch], 2 [panel, kPitch]
     float* root;              // [kPanel] of the weights, with their signs
     Pivots<float> pivots;
 
-    __host__ __device__ __forceinline__ Lane(int side, int thread)
-        : side(side), pitch(side + (side % 32 ? 0 : 16)), g(thread % kWarp / 4), t(thread % 4) {}
+    __host__ __device__ __forceinline__ Lane(Index d, int thread)
+        : side(side_of(d)), panel(panel_of(d)), g(thread % kWarp / 4), t(thread % 4) {}
     template <class Taker>
     __host__ __device__ __forceinline__ void take(Taker& space) {
-        matrix = space.template take<float>(std::size_t(side) * pitch);
-        vectors = space.template take<float>(std::size_t(2) * kPanel * pitch);
+        matrix = space.template take<float>(std::size_t(side) * kPitch);
+        vectors = space.template take<float>(std::size_t(2) * panel * kPitch);
         root = space.template take<float>(kPanel);
         pivots.take(space);
     }
 
-    __device__ __forceinline__ int at(int i, int j) const { return i * pitch + (j ^ (i & 2) << 2); }
-    __device__ __forceinline__ float* place(int which) const { return vectors + which * kPanel * pitch; }
-    // Rows of 16 bytes: slots of row i + g, i a multiple of 4
+    __device__ __forceinline__ static int at(int i, int j) { return i * kPitch + (j ^ (i & 2) << 2); }
+    __device__ __forceinline__ float* place(int which) const { return vectors + which * panel * kPitch; }
+    // Slots along row i + g, i a multiple of 4
     __device__ __forceinline__ int along(int i) const { return at(i + g, 4 * t); }
-    // Columns: the first slot of column j + g
+    // Slots down column j + g, j a multiple of 8: the first of them, and all
     __device__ __forceinline__ int down(int j) const { return at(t, j + g); }
-    __device__ __forceinline__ Four<float> four_rows(const float* from) const {
-        return {{from[0], from[4 * pitch], from[8 * pitch], from[12 * pitch]}};
+    __device__ __forceinline__ static Four<float> four_down(const float* from) {
+        return {{from[0], from[4 * kPitch], from[8 * kPitch], from[12 * kPitch]}};
+    }
+    // Tile n of a strip; one beyond the end is taken twice, and not stored
+    __device__ __forceinline__ int column(int strip, int n) const {
+        const int j = 8 * (strip * N + n);
+        return j < side ? j : side - 8;
     }
 
-    // V = Y A^-1: blocks `pair` and 3 - pair of the vectors, N * 8 columns
-    template <int N>
-    __device__ __forceinline__ void make_v(int blocks, int pair, int strip, const float* y, float* v) const {
-        if (pair >= blocks) return;
-        const int rows[2] = {pair, 3 - pair}, chunks = side / 16, ends[2] = {chunks, rows[1] < blocks ? chunks : 0};
-        const int left[2] = {along(kBlock * rows[0]), along(kBlock * rows[1])};
+    // What one warp takes of V: blocks `pair` and 3 - pair of the vectors, a strip of columns. X is triangular: so both
+    // pairs take as long. If there is one block only, it is the second.
+    struct Part {
+        int rows[2], strip;
+        bool both;
+        __device__ __forceinline__ Part(int blocks, int number) : strip(number / 2) {
+            const int pair = number % 2;
+            both = 3 - pair < blocks;
+            rows[0] = pair;
+            rows[1] = both ? 3 - pair : pair;
+        }
+    };
+    // Stores it, rows scaled by scale(row).
+    template <class F>
+    __device__ __forceinline__ void store(const Part& part, const Tile (&sum)[2][N], float* to, F scale) const {
+        const int swapped = (g & 2) << 2;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            if (m == 0 && !part.both) continue;
+            const int i = kBlock * part.rows[m] + g;
+            const float scales[2] = {scale(i), scale(i + 8)};
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int j = 8 * (part.strip * N + n);
+                if (j >= side) continue;
+                float* at = to + i * kPitch + 2 * t + (j ^ swapped);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Two values = pair_of(sum[m][n], half);
+                    *reinterpret_cast<Two*>(at + half * 8 * kPitch) = {
+                        {scales[half] * values.at[0], scales[half] * values.at[1]}};
+                }
+            }
+        }
+    }
+
+    // V = Y A^-1
+    __device__ __forceinline__ void make_v(const Part& part, const float* y, float* v) const {
+        const int left[2] = {along(kBlock * part.rows[0]), along(kBlock * part.rows[1])}, chunks = side / 16;
         int right[N];
 #pragma unroll
-        for (int n = 0; n < N; ++n) right[n] = along(int(smaller(8 * (strip * N + n), side - 8)));
+        for (int n = 0; n < N; ++n) right[n] = along(column(part.strip, n));
         Tile sum[2][N] = {};
-        multiply(
-            sum, chunks, ends,
-            [&](int c, int m, int half) { return load_four(y + left[m] + half * 8 * pitch + 16 * c); },
+        multiply_two(
+            sum, part.both ? chunks : 0, chunks,
+            [&](int c, int m, int half) { return load_four(y + left[m] + half * 8 * kPitch + 16 * c); },
             [&](int c, int n) { return load_four(matrix + right[n] + 16 * c); });
-        for_each_pair(sum, [&](int m, int n, int half, Two values) {
-            const int q = kBlock * rows[m] + 8 * half + g, j = 8 * (strip * N + n) + 2 * t;
-            if (ends[m] == 0 || j >= side) return;
-            const float r = root[q], scale = r < 0 ? -r : r;
-            *reinterpret_cast<Two*>(v + at(q, j)) = {{scale * values.at[0], scale * values.at[1]}};
-        });
+        store(part, sum, v, [&](int q) { return std::fabs(root[q]); });
     }
 
     // Block e of the lower triangle of S = V Y^T
     __device__ __forceinline__ void make_s(int e, const float* y, const float* v) const {
-        const int i = e >= 6 ? 3 : e >= 3 ? 2 : e >= 1 ? 1 : 0, j = e - i * (i + 1) / 2, chunks = side / 16;
-        const int left = along(kBlock * i), right = along(kBlock * j), ends[1] = {chunks};
+        const int i = e >= 6 ? 3 : e >= 3 ? 2 : e >= 1 ? 1 : 0, j = e - i * (i + 1) / 2;
+        const int left = along(kBlock * i), right = along(kBlock * j);
         Tile sum[1][2] = {};
-        multiply(
-            sum, chunks, ends, [&](int c, int, int half) { return load_four(v + left + half * 8 * pitch + 16 * c); },
-            [&](int c, int n) { return load_four(y + right + n * 8 * pitch + 16 * c); });
-        for_each_pair(sum, [&](int, int n, int half, Two values) {
-            const int q = kBlock * i + 8 * half + g, r = kBlock * j + 8 * n + 2 * t;
-            const float first = root[r], second = root[r + 1];
-            *reinterpret_cast<Two*>(pivots.s + q * kPitch + r) = {{(first < 0 ? -first : first) * values.at[0],
-                                                                   (second < 0 ? -second : second) * values.at[1]}};
-        });
+        multiply_rows<0, 1>(
+            sum, 0, side / 16, [&](int c, int, int half) { return load_four(v + left + half * 8 * kPitch + 16 * c); },
+            [&](int c, int n) { return load_four(y + right + n * 8 * kPitch + 16 * c); });
+        float* to = pivots.s + (kBlock * i + g) * kPivotPitch + kBlock * j + 2 * t;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float *of = root + kBlock * j + 8 * n + 2 * t, first = std::fabs(of[0]), second = std::fabs(of[1]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const Two values = pair_of(sum[0][n], half);
+                *reinterpret_cast<Two*>(to + half * 8 * kPivotPitch +
+                                        8 * n) = {{first * values.at[0], second * values.at[1]}};
+            }
+        }
     }
 
-    // X V: the same part of it that make_v makes, which takes as long for both pairs of blocks since X is triangular
-    template <int N>
-    __device__ __forceinline__ void solve(int blocks, int pair, int strip, const float* v, float* to) const {
-        if (pair >= blocks) return;
-        const int rows[2] = {pair, 3 - pair}, ends[2] = {rows[0] + 1, rows[1] < blocks ? rows[1] + 1 : 0};
+    // X V
+    __device__ __forceinline__ void solve(const Part& part, const float* v, float* to) const {
         int right[N];
 #pragma unroll
-        for (int n = 0; n < N; ++n) right[n] = down(int(smaller(8 * (strip * N + n), side - 8)));
-        const float* x = pivots.inverse + g * kPitch + t;
+        for (int n = 0; n < N; ++n) right[n] = down(column(part.strip, n));
+        const float* x = pivots.inverse + g * kPivotPitch + t;
         Tile sum[2][N] = {};
-        multiply(
-            sum, ends[1] ? ends[1] : ends[0], ends,
+        multiply_two(
+            sum, part.both ? part.rows[0] + 1 : 0, part.rows[1] + 1,
             [&](int c, int m, int half) {
-                const float* from = x + (kBlock * rows[m] + 8 * half) * kPitch + 16 * c;
+                const float* from = x + (kBlock * part.rows[m] + 8 * half) * kPivotPitch + 16 * c;
                 return Four<float>{{from[0], from[4], from[8], from[12]}};
             },
-            [&](int c, int n) { return four_rows(v + right[n] + 16 * c * pitch); });
-        for_each_pair(sum, [&](int m, int n, int half, Two values) {
-            const int q = kBlock * rows[m] + 8 * half + g, j = 8 * (strip * N + n) + 2 * t;
-            if (ends[m] != 0 && j < side) *reinterpret_cast<Two*>(to + at(q, j)) = values;
-        });
+            [&](int c, int n) { return four_down(v + right[n] + 16 * c * kPitch); });
+        store(part, sum, to, [](int) { return 1.0f; });
     }
 
-    // A^-1 -= V^T D V: M x N tiles from row i0 and column j0 on, what of them is not below the diagonal, and its mirror
-    // image. Lanes store this in two orders, or two of them would store to one bank.
-    template <int M, int N>
+    // A^-1 -= V^T D V: tiles from row i0 and column j0 on
     __device__ __forceinline__ void update(int blocks, int i0, int j0, const float* v) const {
-        int left[M], right[N], ends[M];
+        constexpr int M = Shape::kRows;
+        int left[M], right[N];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            left[m] = down(int(smaller(i0 + 16 * m, side - 16)));
-            ends[m] = blocks;
-        }
+        for (int m = 0; m < M; ++m) left[m] = down(i0 + 16 * m < side ? i0 + 16 * m : side - 16);
 #pragma unroll
-        for (int n = 0; n < N; ++n) right[n] = down(int(smaller(j0 + 8 * n, side - 8)));
-        const int half_on = (t & 2) ? -8 : 8;  // columns 8 on, which may have been swapped
+        for (int n = 0; n < N; ++n) right[n] = down(j0 + 8 * n < side ? j0 + 8 * n : side - 8);
+        const int eight = (t & 2) ? -8 : 8;  // columns on, which may have been swapped
         Tile sum[M][N] = {};
-        multiply(
-            sum, blocks, ends,
-            [&](int c, int m, int half) { return four_rows(v + left[m] + half * half_on + 16 * c * pitch); },
+        multiply_rows<0, 1>(
+            sum, 0, blocks,
+            [&](int c, int m, int half) { return four_down(v + left[m] + half * eight + 16 * c * kPitch); },
             [&](int c, int n) {
-                Four<float> values = four_rows(v + right[n] + 16 * c * pitch);
+                Four<float> values = four_down(v + right[n] + 16 * c * kPitch);
                 const float* sign = pivots.sign + 16 * c + t;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) values.at[e] *= -sign[4 * e];
                 return values;
             });
-        const bool turned = t >= 2;
-        for_each_pair(sum, [&](int m, int n, int half, Two values) {
-            const int i = i0 + 16 * m + 8 * half + g, j = j0 + 8 * n + 2 * t;
-            if (i > j + 1 || i >= side || j >= side) return;
-            Two* to = reinterpret_cast<Two*>(matrix + at(i, j));
-            const Two old = *to;
-            values.at[0] += old.at[0];
-            values.at[1] += old.at[1];
-            if (i <= j)
-                *to = values;
-            else
-                to->at[1] = values.at[1];
-            const int first = turned ? j + 1 : j, second = turned ? j : j + 1;
-            if (i < first) matrix[at(first, i)] = turned ? values.at[1] : values.at[0];
-            if (i < second) matrix[at(second, i)] = turned ? values.at[0] : values.at[1];
-        });
+        add_to_matrix(sum, i0, j0);
+    }
+
+  private:
+    // Adds what is not below the diagonal, and stores its mirror image: columns in two orders, or lanes would store to the
+    // same banks. Of an 8 x 8 part on the diagonal, lanes have two elements to add, one or none, whatever they load.
+    __device__ __forceinline__ void add_to_matrix(const Tile (&sum)[Shape::kRows][N], int i0, int j0) const {
+        const bool turned = t >= 2, both = g <= 2 * t, one = g == 2 * t + 1;
+        const int first = 2 * t + turned, second = 2 * t + !turned, along = (g & 2) << 2, down = (t & 1) << 3;
+        float *row = matrix + (i0 + g) * kPitch + 2 * t, *mirror = matrix + (j0 + first) * kPitch + i0 + g;
+        const int other = (second - first) * kPitch;
+#pragma unroll
+        for (int m = 0; m < Shape::kRows; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const int i = 16 * m + 8 * half, j = 8 * n, above = (j0 + j) - (i0 + i);
+                    if (above < 0 || i0 + i >= side || j0 + j >= side) continue;
+                    const bool all = above > 0;
+                    Two* to = reinterpret_cast<Two*>(row + i * kPitch + (j0 + j ^ along));
+                    const Two old = *to;
+                    Two values = pair_of(sum[m][n], half);
+                    values.at[0] += old.at[0];
+                    values.at[1] += old.at[1];
+                    if (all || both) *to = values;
+                    if (!all && one) to->at[1] = values.at[1];
+                    float* turned_to = mirror + j * kPitch + 16 * m + (8 * half ^ down);
+                    if (all || g < first) *turned_to = turned ? values.at[1] : values.at[0];
+                    if (all || g < second) turned_to[other] = turned ? values.at[0] : values.at[1];
+                }
     }
 };
 
