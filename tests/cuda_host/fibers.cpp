@@ -328,7 +328,20 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared_memory();
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount:
+            *value = 2;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = shared_memory();
+            break;
+        case cudaDevAttrComputeCapabilityMajor:  // 9.0, or 8.6 without fast tensor cores
+            *value = cuda_host::tensor_cores ? 9 : 8;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = cuda_host::tensor_cores ? 0 : 6;
+            break;
+    }
     return cudaSuccess;
 }
 
