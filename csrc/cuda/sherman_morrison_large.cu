@@ -1,12 +1,13 @@
 // Large inverses, all of a batch at once, in place. For a round of vectors V = Y A^-1 (tiles of K x 128, the inner dimension
-// in slices); then for each panel of it S = D + V Y^T and its pivots, V <- L^-1 V, and what that takes out of V in later
-// panels; and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their mirror images). See
-// cuda/sherman_morrison.cuh for the formula.
+// in slices); then for each panel of it S = V Y^T, its pivots, V <- X V, and what that takes out of V in later panels
+// (cuda/sherman_morrison_large_panels.cu); and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their
+// mirror images). See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
 //
 // Of 3 k d^2 operations, two thirds are V and one third the update, both on the whole grid. Beside the matrix, which is read
 // one and a half times and written once a round, slices of V are written and read, and V a few times more. What is left is
-// 2 k^2 d operations for S and L^-1 V in a round of k vectors, and k K^2 / 3 for the pivots, which are one after another: a
-// barrier each in one block of threads. So it takes d of some thousands for products to be most of the time.
+// 2 k^2 d operations for S and X V in a round of k vectors, and the pivots, one after another, which take some microseconds a
+// panel whatever d is. So it takes d of some thousands for products to be most of the time. Launches start ahead, as they
+// are short and there are 4 and two more a panel.
 //
 // Whether a round may be put in is known before anything is written. A later one may still fail, so with more than one a
 // copy is kept, and put back where it did.

@@ -61,7 +61,7 @@ template <class T>
 struct Columns {
     const Large<T>& w;
     Pivots<T> pivots;
-    T* tile;  // [K, kTile] V, then X V, then X^T D X V
+    T* tile;  // [K, kTile] V, then D X V, then X^T D X V
     Index p, j0;
     int row, column;
 
@@ -203,14 +203,11 @@ __global__ void __launch_bounds__(kPanelThreads) solve_kernel(Index first_block,
     columns.multiply(sum);
     columns.write(panel, sum);
     sync_block();  // nobody needs the old V any more
-    columns.keep(sum, false);
-    sync_block();  // the new V is there
+    columns.keep(sum, true);
+    sync_block();  // D V is there
     status = columns.diagonal(panel, panel == panels - 1);
     if (status != kUpdated) atomic_max(w.g.status + p, status);
     if (panel == panels - 1) return;
-    sync_block();  // nobody needs V without D any more
-    columns.keep(sum, true);
-    sync_block();  // D V is there
     T both[4][2] = {};
     columns.multiply_turned(columns.pivots.inverse, columns.row / Pivots<T>::kBlock * Pivots<T>::kBlock, both);
     sync_block();  // nobody needs D V any more
