@@ -77,6 +77,8 @@ def probe_large_inverses(session, schedule):
     check_update(session, 2, 99, 3, "float32", schedule)
     check_update(session, 1, 300, 20, "float32", schedule)
     check_update(session, 1, 130, 120, "float32", schedule)
+    check_update(session, 1, 200, 190, "float32", schedule)
+    check_update(session, 1, 130, 120, "float64", schedule)
     check_taken_out_first(session, 99, schedule)
     inverse, vectors, weight = damped_inverse(1, 99), 0.02 * normal(1, 40, 99, seed=1), -np.ones((1, 40))
     got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
@@ -124,7 +126,7 @@ SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
 PIVOTS = "pivots.cuh"
-LARGE_PRODUCT, LARGE_PIVOTS = (f"sherman_morrison_large{part}" for part in (".cuh", "_pivots.cu"))
+LARGE_PRODUCT, LARGE_PANELS = (f"sherman_morrison_large{part}" for part in (".cuh", "_panels.cu"))
 SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
@@ -253,15 +255,20 @@ FAULTS = {
             "kWarp / 4",
         ),
         "two vectors in one place": (LARGE_INVERSES, "before += «positive && i < q»", "positive && i <= q && q > 0"),
-        "later panels are read too early": (LARGE_INVERSES, "«sync_block();»  // what this block has written", ""),
-        "later panels keep this one": (LARGE_INVERSES, "«value.at[r] += more[r][c];»", "value.at[r] += 0;"),
         "the middle row of tiles twice": (LARGE_INVERSES, "apart = «2 * i != rows - 1»;", "true"),
         "below the diagonal as well": (LARGE_INVERSES, "if («i + r <= j + f» &&", "true"),
         "columns beyond the end are written": (LARGE_INVERSES, "«j + f < g.d») {", "true"),
         "no mirror image": (LARGE_INVERSES, "«*reinterpret_cast<Four<T>*>(mirror + f * row) = turned;»", "void();"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "half of a warp is not summed": (LARGE_PIVOTS, "int mask = «kWarp / 2»", "kWarp / 4"),
-        "one chunk is not added up": (LARGE_PIVOTS, "«chunk < w.chunks»; ++chunk", "chunk < w.chunks - 1"),
+        "half of a warp is not summed": (LARGE_PANELS, "int mask = «kWarp / 2»", "kWarp / 4"),
+        "one chunk is not added up": (LARGE_PANELS, "«chunk < w.chunks»; ++chunk", "chunk < w.chunks - 1"),
+        "V is not waited for": (LARGE_PANELS, "«copy_async_wait<0>();»", ""),
+        "no barrier before V is used": (LARGE_PANELS, "«sync_block();»  // V is there", ""),
+        "no barrier before V is replaced": (LARGE_PANELS, "«sync_block();»  // nobody needs the old V", ""),
+        "no barrier before D V is used": (LARGE_PANELS, "«sync_block();»  // D V is there", ""),
+        "no barrier before D V is replaced": (LARGE_PANELS, "«sync_block();»  // nobody needs D V", ""),
+        "no barrier before another S": (LARGE_PANELS, "«sync_block();»  // nobody needs S", ""),
+        "later panels keep this one": (LARGE_PANELS, "v[r * w.pitch + c] -= «sum[r][c]»;", "T(0)"),
         "no barrier before S is used": (PIVOTS, "«sync_block();»  // S is there", ""),
         "no barrier after the pivots": (PIVOTS, "«sync_block();»  // N is there", ""),
         "no barrier before rows are reduced": (PIVOTS, "«sync_block();»  // M and X of this block", ""),
@@ -271,7 +278,7 @@ FAULTS = {
         "the last pivot only": (PIVOTS, "if («other < worst») worst", "other > worst"),
         "signs are not looked at": (PIVOTS, "other[k] *= «sign[m * kBlock + k]»;", "T(1)"),
         "S is not taken away": (PIVOTS, "(«j == m» ? T(0)", "false"),
-        "no barrier before panels are coupled": (LARGE_PIVOTS, "«sync_block();»  // V Y^T is there", ""),
+        "no barrier before panels are coupled": (LARGE_PANELS, "«sync_block();»  // S and X^T D V", ""),
     },
     probe_matching: {
         "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),

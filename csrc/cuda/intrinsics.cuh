@@ -95,6 +95,14 @@ __device__ __forceinline__ void sync_grid() {
     cooperative_groups::this_grid().sync();
 }
 
+// Waits for the launches before this one to end, whose writes are then seen, and lets the next one start ahead.
+__device__ __forceinline__ void wait_for_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The same value, worked out again in every step of a loop that counts `step` up from 0: what depends on it is then not
 // kept in registers through the loop.
 __device__ __forceinline__ int recomputed(int value, int step) {

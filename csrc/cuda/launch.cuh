@@ -37,9 +37,26 @@ inline bool failed(Status& status, cudaError_t error) {
     return error != cudaSuccess;
 }
 
+// When a kernel starts: after the launches before it; after them with all of its blocks at once; or, where the GPU can,
+// before they have ended. Such a kernel calls wait_for_launch() before anything else.
+enum class Start { after, together, ahead };
+
+struct Queue {
+    void* stream;
+    Start start = Start::after;
+    Queue(void* stream) : stream(stream) {}
+    Queue(void* stream, Start start) : stream(stream), start(start) {}
+};
+
+inline bool can_start_ahead() {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), Index blocks, int threads, std::size_t shared, void* stream,
-                   bool cooperative, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), Index blocks, int threads, std::size_t shared, Queue queue,
+                   Arguments... arguments) {
     if (blocks <= 0) return cudaSuccess;
     if (shared > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -47,32 +64,37 @@ cudaError_t launch(void (*kernel)(Parameters...), Index blocks, int threads, std
         if (error != cudaSuccess) return error;
     }
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
     cudaLaunchConfig_t config{};
+    if (queue.start == Start::together) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+        config.numAttrs = 1;
+    } else if (queue.start == Start::ahead && can_start_ahead()) {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        config.numAttrs = 1;
+    }
     config.gridDim = dim3(unsigned(smaller(blocks, MTZ_MAX_BLOCKS)));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream);
+    config.stream = static_cast<cudaStream_t>(queue.stream);
     config.attrs = &attribute;
-    config.numAttrs = cooperative ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 // As many blocks as `items` of work need, with `threads` a block.
 template <class... Parameters, class... Arguments>
-cudaError_t launch_over(void (*kernel)(Parameters...), Index items, int threads, void* stream, Arguments... arguments) {
-    return launch(kernel, ceil_div(items, threads), threads, 0, stream, false, arguments...);
+cudaError_t launch_over(void (*kernel)(Parameters...), Index items, int threads, Queue queue, Arguments... arguments) {
+    return launch(kernel, ceil_div(items, threads), threads, 0, queue, arguments...);
 }
 
 // A block for each of `blocks` pieces of work, the first of them passed to the kernel first.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_in_turn(void (*kernel)(Index, Parameters...), Index blocks, int threads, std::size_t shared,
-                           void* stream, Arguments... arguments) {
+                           Queue queue, Arguments... arguments) {
     cudaError_t error = cudaSuccess;
     for (Index first = 0; first < blocks && error == cudaSuccess; first += MTZ_MAX_BLOCKS)
-        error = launch(kernel, smaller(blocks - first, MTZ_MAX_BLOCKS), threads, shared, stream, false, first,
-                       arguments...);
+        error = launch(kernel, smaller(blocks - first, MTZ_MAX_BLOCKS), threads, shared, queue, first, arguments...);
     return error;
 }
 

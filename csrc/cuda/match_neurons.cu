@@ -190,9 +190,9 @@ Status run(const MatchNeuronsArgs& g, void* workspace, void* stream) {
     Status status;
     if (failed(status, blocks_at_once<T>(g, blocks)) ||
         failed(status, launch_over(clear_kernel<T>, larger(2, g.batch * larger(g.n, g.m)), kThreads, stream, w)) ||
-        failed(status, launch(turn_kernel<T>, tiles, kThreads, shared, stream, false, w)))
+        failed(status, launch(turn_kernel<T>, tiles, kThreads, shared, stream, w)))
         return status;
-    failed(status, launch(rounds_kernel<T>, blocks, kThreads, 0, stream, true, w));
+    failed(status, launch(rounds_kernel<T>, blocks, kThreads, 0, {stream, Start::together}, w));
     return status;
 }
 

@@ -39,7 +39,7 @@ std::size_t workspace_bytes(const ShermanMorrisonArgs& g) {
 cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream) {
     constexpr int threads = 128;
     return launch(vector_order_kernel, g.batch, threads, SharedSize().add(sizeof(Index), threads + 1).bytes(), stream,
-                  false, g, order);
+                  g, order);
 }
 
 std::size_t sherman_morrison_workspace(const ShermanMorrisonArgs& g) {

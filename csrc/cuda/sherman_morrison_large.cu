@@ -1,12 +1,13 @@
 // Large inverses, all of a batch at once, in place. For a round of vectors V = Y A^-1 (tiles of K x 128, the inner dimension
-// in slices); then for each panel of it S = D + V Y^T and its pivots, V <- L^-1 V, and what that takes out of V in later
-// panels; and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their mirror images). See
-// cuda/sherman_morrison.cuh for the formula.
+// in slices); then for each panel of it S = V Y^T, its pivots, V <- X V, and what that takes out of V in later panels
+// (cuda/sherman_morrison_large_panels.cu); and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their
+// mirror images). See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
 //
 // Of 3 k d^2 operations, two thirds are V and one third the update, both on the whole grid. Beside the matrix, which is read
 // one and a half times and written once a round, slices of V are written and read, and V a few times more. What is left is
-// 2 k^2 d operations for S and L^-1 V in a round of k vectors, and k K^2 / 3 for the pivots, which are one after another: a
-// barrier each in one block of threads. So it takes d of some thousands for products to be most of the time.
+// 2 k^2 d operations for S and X V in a round of k vectors, and the pivots, one after another, which take some microseconds a
+// panel whatever d is. So it takes d of some thousands for products to be most of the time. Launches start ahead, as they
+// are short and there are 4 and two more a panel.
 //
 // Whether a round may be put in is known before anything is written. A later one may still fail, so with more than one a
 // copy is kept, and put back where it did.
@@ -35,6 +36,7 @@ __global__ void copy_kernel(Large<T> w, bool back) {
 __device__ __forceinline__ Index place_in_order(const ShermanMorrisonArgs& g, Index p, Index q) {
     const double* weight = g.weight + p * g.weight_batch_stride;
     int all = 0, before = 0;
+#pragma unroll 4
     for (Index i = threadIdx.x % kWarp; i < g.k; i += kWarp) {
         const bool positive = weight[i * g.weight_stride] >= 0;
         all += positive;
@@ -53,6 +55,7 @@ __device__ __forceinline__ Index place_in_order(const ShermanMorrisonArgs& g, In
 // looks where its vector goes.
 template <class T>
 __global__ void __launch_bounds__(kThreads) scale_kernel(Index first_block, Large<T> w, Index first, int panels) {
+    wait_for_launch();
     const ShermanMorrisonArgs& g = w.g;
     const Index parts = ceil_div(w.pitch, kScaled), block = first_block + blockIdx.x;
     const Index p = block / parts / (panels * K), at = block / parts % (panels * K), part = block % parts;
@@ -60,13 +63,18 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Index first_block, Larg
     const Index q = w.order && any ? w.order[p * g.k + first + at] : at;
     const double weight = any ? g.weight[p * g.weight_batch_stride + q * g.weight_stride] : 0;
     const T root = T(square_root(weight < 0 ? -weight : weight));
+    const Index start = p * g.vectors.batch_stride + q * g.vectors.row_stride, j0 = part * kScaled + threadIdx.x;
+    T value[kScaled / kThreads];  // on their way while the place is looked for
+#pragma unroll
+    for (int e = 0; e < kScaled / kThreads; ++e) {
+        const Index j = j0 + e * kThreads;
+        value[e] = any && j < g.d ? load_vector_element<T>(g, start + j * g.vectors.column_stride) : T(0);
+    }
     const Index to = w.order ? at : place_in_order(g, p, at);
-    const Index start = p * g.vectors.batch_stride + q * g.vectors.row_stride;
     T* y = w.y + (p * w.side + to) * w.pitch;
-    const Index last = smaller(w.pitch, (part + 1) * kScaled);
-#pragma unroll 4
-    for (Index j = part * kScaled + threadIdx.x; j < last; j += kThreads)
-        y[j] = any && j < g.d ? root * load_vector_element<T>(g, start + j * g.vectors.column_stride) : T(0);
+#pragma unroll
+    for (int e = 0; e < kScaled / kThreads; ++e)
+        if (j0 + e * kThreads < w.pitch) y[j0 + e * kThreads] = root * value[e];
     if (part != 0 || threadIdx.x != 0) return;
     w.sign[p * w.side + to] = weight < 0 ? -1 : 1;
     if (!w.order && at == 0) g.status[p] = kUpdated;
@@ -77,6 +85,7 @@ template <class T, bool Words>
 __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     multiply_kernel(Index first_block, Large<T> w, int panels) {
     using P = typename Large<T>::Tall;
+    wait_for_launch();
     SharedMemory memory;
     const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
@@ -109,6 +118,7 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
 
 template <class T>
 __global__ void add_slices_kernel(Large<T> w) {
+    wait_for_launch();
     const Index size = w.g.batch * w.side * w.pitch / 4;
     const Four<T>* partial = reinterpret_cast<const Four<T>*>(w.partial);
     for (Index e = first_item(); e < size; e += item_step()) {
@@ -120,75 +130,6 @@ __global__ void add_slices_kernel(Large<T> w) {
             for (int f = 0; f < 4; ++f) sum.at[f] += more.at[f];
         }
         reinterpret_cast<Four<T>*>(w.v)[e] = sum;
-    }
-}
-
-// V <- diag(|p|)^-1/2 L^-1 V of a panel, what the diagonal will be, and V of later panels without it.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) solve_kernel(Index first_block, Large<T> w, int panel, int panels) {
-    using P = typename Large<T>::Short;
-    SharedMemory memory;
-    const P shared(memory);
-    const ShermanMorrisonArgs& g = w.g;
-    const Index block = first_block + blockIdx.x, tiles = ceil_div(g.d, P::kRows), p = block / tiles;
-    const Index j0 = block % tiles * P::kRows, at = (p * w.side + panel * K) * w.pitch + j0;
-    const int columns = int(smaller(P::kRows, w.pitch - j0));
-    if (sync_block_any(w.skipped(p))) return;  // another block may be writing it
-    T sum[4][P::kColumns] = {};
-    add_product(Across<T, true>{w.v + at, w.pitch, columns}, Along<T>{w.l + p * K * K, K, K}, K, shared, sum);
-    T minus[4][P::kColumns];
-#pragma unroll
-    for (int c = 0; c < P::kColumns; ++c) {
-        const T sign = T(-w.sign[p * w.side + panel * K + P::column(c / 4) + c % 4]);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) minus[r][c] = sign * sum[r][c];
-    }
-    const int row = P::row();
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const Index j = j0 + row + r;
-        T x = 0;
-#pragma unroll
-        for (int c = 0; c < P::kColumns; ++c) x = multiply_add(minus[r][c], sum[r][c], x);
-#pragma unroll
-        for (int mask = 2; mask <= 8; mask *= 2) x += shuffle_xor(x, mask);  // of the lanes with this row
-        if (P::column(0) != 0 || j >= g.d) continue;
-        x += panel == 0 ? w.inverse(p)[j * g.inverse_row_stride + j] : w.diagonal[p * g.d + j];
-        w.diagonal[p * g.d + j] = x;
-        const int status = panel == panels - 1 ? judge_diagonal(double(x)) : kUpdated;
-        if (status != kUpdated) atomic_max(g.status + p, status);
-    }
-#pragma unroll
-    for (int h = 0; h < P::kColumns / 4; ++h) {
-        const int q = P::column(h);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const Four<T> four{{sum[r][4 * h], sum[r][4 * h + 1], sum[r][4 * h + 2], sum[r][4 * h + 3]}};
-            if (j0 + row + r < g.d)
-                *reinterpret_cast<Four<T>*>(w.vt + (p * g.d + j0 + row + r) * w.side + panel * K + q) = four;
-        }
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int e = 4 * h + c;
-            const Four<T> four{{minus[0][e], minus[1][e], minus[2][e], minus[3][e]}};
-            if (row < columns) *reinterpret_cast<Four<T>*>(w.minus + at + (q + c) * w.pitch + row) = four;
-        }
-    }
-    for (int b = panel + 1; b < panels; ++b) {
-        sync_block();  // what this block has written is there, and its shared memory free
-        T more[4][P::kColumns] = {};
-        add_product(Across<T, true>{w.minus + at, w.pitch, columns},
-                    Along<T>{w.coupling + (p * w.panels + b) * K * K, K, K}, K, shared, more);
-        T* v = w.v + at + (b - panel) * K * w.pitch;
-        if (row >= columns) continue;
-#pragma unroll
-        for (int c = 0; c < P::kColumns; ++c) {
-            Four<T>* four = reinterpret_cast<Four<T>*>(v + (P::column(c / 4) + c % 4) * w.pitch + row);
-            Four<T> value = *four;
-#pragma unroll
-            for (int r = 0; r < 4; ++r) value.at[r] += more[r][c];
-            *four = value;
-        }
     }
 }
 
@@ -220,6 +161,7 @@ template <class T, bool Words>
 __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     update_kernel(Index first_block, Large<T> w, int panels) {
     using P = typename Large<T>::Tall;
+    wait_for_launch();
     SharedMemory memory;
     const P shared(memory);
     const ShermanMorrisonArgs& g = w.g;
@@ -281,28 +223,25 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
 // Vectors first ... of a round.
 template <class T>
 cudaError_t update_round(const Large<T>& w, Index first, bool words, void* stream) {
+    const Queue ahead{stream, Start::ahead};
     const ShermanMorrisonArgs& g = w.g;
     const int panels = int(smaller(w.panels, ceil_div(g.k - first, K)));
     const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
     const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
     using Tall = typename Large<T>::Tall;
-    const std::size_t tall = Tall::bytes(), small = Large<T>::Short::bytes();
-    const Index parts = ceil_div(w.pitch, kScaled), tiles = ceil_div(g.d, Large<T>::Short::kRows);
+    const std::size_t tall = Tall::bytes();
+    const Index parts = ceil_div(w.pitch, kScaled);
     cudaError_t error =
-        launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, stream, w, first, panels);
+        launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, ahead, w, first, panels);
     if (error == cudaSuccess)
         error =
-            launch_in_turn(multiply, g.batch * w.across * w.slices * panels, Tall::kThreads, tall, stream, w, panels);
+            launch_in_turn(multiply, g.batch * w.across * w.slices * panels, Tall::kThreads, tall, ahead, w, panels);
     if (error == cudaSuccess && w.slices > 1)
-        error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, stream, w);
-    for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) {
-        error = factor_panel(w, panel, panels, stream);
-        if (error == cudaSuccess)
-            error = launch_in_turn(solve_kernel<T>, g.batch * tiles, kThreads, small, stream, w, panel, panels);
-    }
+        error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, ahead, w);
+    for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) error = solve_panel(w, panel, panels, ahead);
     if (error != cudaSuccess) return error;
     const Index count = g.batch * Tiles<T>(g.d, Tall::kRows).count();
-    return launch_in_turn(update, count, Tall::kThreads, tall, stream, w, panels);
+    return launch_in_turn(update, count, Tall::kThreads, tall, ahead, w, panels);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ constexpr int K = kPanel, kPanels = 4;
 constexpr int kThreads = 128;           // of most blocks
 constexpr Index kLeastSlice = 128;      // of the inner dimension of V
 constexpr Index kMostBlocks = 2 * 132;  // that are worth while: two a processor of a large device
-constexpr Index kMostChunks = 8;        // of the inner dimension of V Y^T
+constexpr Index kMostChunks = 4;        // of the inner dimension of V Y^T
 constexpr int kChunkStep = 128;
 
 // Sums over k of a[k, i] b[j, k] for kRows x K pairs (i, j), in pieces of kDepth: a lies in shared memory as it does in the
@@ -204,7 +204,6 @@ __device__ __forceinline__ void add_product(const Across<T, Words>& a, const Alo
 template <class T>
 struct Large {
     using Tall = Panel<T, sizeof(T) == 4 ? 256 : 128>;
-    using Short = Panel<T, 128>;
     static constexpr int kResident = sizeof(T) == 4 ? 2 : 3;  // blocks a processor, which limits registers
 
     ShermanMorrisonArgs g;
@@ -215,10 +214,8 @@ struct Large {
     T* y;                          // [batch, side, pitch]
     T* v;                          // [batch, side, pitch]
     T* partial;                    // [slices, batch, side, pitch]  of V; v itself if there is one
-    double* s;                     // [batch, panels, chunks, K, K] of V Y^T
+    T* s;                          // [batch, panels, chunks, K, K] of V Y^T
     double* sign;                  // [batch, side]
-    T* l;                          // [batch, K, K]                 diag(|p|)^-1/2 L^-1 of a panel
-    T* coupling;                   // [batch, panels, K, K]         Y (L^-1 V)^T of later panels with it
     T *minus, *vt;                 // [batch, side, pitch], [batch, d, side]   -D V and V^T, V the new one
     T* diagonal;                   // [batch, d]                    of the result
     T* copy;                       // [batch, d, d], if there are several rounds
@@ -238,10 +235,8 @@ struct Large {
         y = space.take<T>(g.batch * side * pitch);
         v = space.take<T>(g.batch * side * pitch);
         partial = slices > 1 ? space.take<T>(slices * g.batch * side * pitch) : v;
-        s = space.take<double>(g.batch * panels * chunks * K * K);
+        s = space.take<T>(g.batch * panels * chunks * K * K);
         sign = space.take<double>(g.batch * side);
-        l = space.take<T>(g.batch * K * K);
-        coupling = space.take<T>(g.batch * panels * K * K);
         minus = space.take<T>(g.batch * side * pitch);
         vt = space.take<T>(g.batch * g.d * side);
         diagonal = space.take<T>(g.batch * g.d);
@@ -260,8 +255,8 @@ __device__ __forceinline__ Index item_step() {
     return Index(gridDim.x) * blockDim.x;
 }
 
-// S = D + V Y^T of panel number `panel` of `panels`, its pivots and L^-1, and what couples later panels to it.
+// S = V Y^T of panel number `panel` of `panels`, its pivots, the new V, and V of later panels without it.
 template <class T>
-cudaError_t factor_panel(const Large<T>& w, int panel, int panels, void* stream);
+cudaError_t solve_panel(const Large<T>& w, int panel, int panels, Queue queue);
 
 }  // namespace mtz::cuda
