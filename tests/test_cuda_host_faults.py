@@ -173,8 +173,8 @@ FAULTS = {
         "no barrier after S": (SMALL_INVERSES, "«sync_block();»  // S of the next", ""),
         "one column too many": (
             RESIDENT,
-            "left = from ? «g.d - Index(j) * Count» :",
-            "g.d + 1 - Index(j) * Count",
+            "left = from ? «d - j * Count» :",
+            "d + 1 - j * Count",
         ),
         "one row too many": (RESIDENT, "return «i < g.d» ? from + i", "i <= g.d"),
         "one vector too many": (RESIDENT, "return «first + q < g.k» ? from", "first + q <= g.k"),

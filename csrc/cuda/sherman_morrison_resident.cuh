@@ -46,12 +46,12 @@ struct Resident {
     // Starts copying rows of d elements; what is beyond, to `rows` and `side`, becomes zero.
     template <int Count, class Row, class To>
     __device__ __forceinline__ void start_copy(int me, int rows, Index stride, int step, Row row, To to) const {
+        const int d = int(g.d);
         for_each(rows, side / Count, me, step, [&](int i, int j) {
             const T* from = row(i);
-            const Index left = from ? g.d - Index(j) * Count : 0;
-            const int valid = int(left < 0 ? 0 : smaller(left, Count)) * int(sizeof(T));
-            copy_async<Count* int(sizeof(T))>(to(i, j * Count), valid ? from + Index(j) * Count * stride : inverse(0),
-                                              valid);
+            const int left = from ? d - j * Count : 0, valid = left < 0 ? 0 : left < Count ? left : Count;
+            copy_async<Count* int(sizeof(T))>(to(i, j * Count), valid ? from + j * Count * stride : inverse(0),
+                                              valid * int(sizeof(T)));
         });
     }
 
@@ -95,18 +95,23 @@ struct Resident {
     }
 
     // Brings the first vectors by `bring(order)`. They stay as they came, with no order, unless a weight is negative or NaN,
-    // which is found out while they are on their way. `before` is as in order_vectors.
+    // which is found out while they are on their way. `mine` becomes the weight of vector number `thread`; `before` is as in
+    // order_vectors.
     template <class Bring>
-    __device__ __forceinline__ const Index* bring_in_order(Index p, Index* orders, Index* before, Bring bring) const {
+    __device__ __forceinline__ const Index* bring_in_order(Index p, Index* orders, Index* before, double& mine,
+                                                           Bring bring) const {
         const double* weights = g.weight + p * g.weight_batch_stride;
-        bool other = false;
-#pragma unroll 1
-        for (Index q = thread; q < g.k; q += threads) other = other || !(weights[q * g.weight_stride] >= 0);
         const Index* order = nullptr;
         for (;;) {
+            mine = weight(p, order, 0, threads);
             bring(order);
             copy_async_commit();
-            if (order || !sync_block_any(other)) return order;
+            if (order) return order;
+            bool other = !(mine >= 0);
+#pragma unroll 1
+            for (Index q = thread + threads; q < g.k; q += threads)
+                other = other || !(weights[q * g.weight_stride] >= 0);
+            if (!sync_block_any(other)) return order;
             order = orders + p * g.k;
             order_vectors(weights, g.weight_stride, g.k, orders + p * g.k, before);
             copy_async_wait<0>();

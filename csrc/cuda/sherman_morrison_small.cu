@@ -66,9 +66,10 @@ struct Small {
     // Brings the matrix and the first vectors.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
         resident.start_matrix(p, [&](int i, int j) { return element(i, j); });
-        const Index* order = resident.bring_in_order(p, orders, reinterpret_cast<Index*>(block.v),
+        double mine;
+        const Index* order = resident.bring_in_order(p, orders, reinterpret_cast<Index*>(block.v), mine,
                                                      [&](const Index* order) { start_vectors(p, order, 0, threads); });
-        keep_weight(0, weight(p, order, 0));
+        keep_weight(0, mine);
         if (thread == 0) *block.doubt = rounding<T>(g.d);
         copy_async_wait<0>();
         sync_block();  // the matrix and the vectors are there

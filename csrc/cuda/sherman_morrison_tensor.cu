@@ -50,10 +50,11 @@ struct Block {
     // Brings the matrix and the first panel.
     __device__ __forceinline__ const Index* start(Index p, Index* orders) const {
         resident.start_matrix(p, [&](int i, int j) { return element(i, j); });
+        double mine;
         const Index* order =
-            resident.bring_in_order(p, orders, reinterpret_cast<Index*>(lane.place(1)),
+            resident.bring_in_order(p, orders, reinterpret_cast<Index*>(lane.place(1)), mine,
                                     [&](const Index* order) { start_vectors(p, order, 0, lane.place(0)); });
-        keep_weight(resident.weight(p, order, 0, panel));
+        keep_weight(mine);
         copy_async_wait<0>();
         sync_block();  // the matrix and the vectors are there
         return order;
