@@ -75,11 +75,13 @@ __global__ void __launch_bounds__(Grouped<High>::kThreads, 512 / Grouped<High>::
     using Tile = Grouped<High>;
     SharedMemory memory;
     const Pieces<float, Tile> shared(memory);
-    // in 32 bits, as the first piece waits for these divisions; neighbouring blocks share their rows of b
+    // In 32 bits, and none that is not needed, as the first piece waits for these divisions. Neighbouring blocks share their
+    // rows of b.
     const unsigned down = unsigned(plan.down), across = unsigned(plan.across), slices = unsigned(plan.slices);
-    const unsigned block = unsigned(first_block) + blockIdx.x, strip = block / down, matrix = strip / across;
+    const unsigned block = unsigned(first_block) + blockIdx.x, strip = block / down;
+    const unsigned matrix = strip < across ? 0 : strip / across, p = matrix < slices ? 0 : matrix / slices;
     const Index i0 = Index(block - strip * down) * Tile::kRows, j0 = Index(strip - matrix * across) * Tile::kColumns;
-    const Index p = matrix / slices, slice = matrix % slices;
+    const Index slice = matrix - p * slices;
     const auto a = rows_of<Source, float>(g.a, p, i0, g.n, Tile::kRows);
     const auto b = rows_of<Source, float>(g.b, p, j0, g.m, Tile::kColumns);
     float sum[8][4] = {}, total[8][4] = {};
