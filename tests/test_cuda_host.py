@@ -61,13 +61,23 @@ def test_distances_of_awkward_sizes(session, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])
 def test_distances_of_batches_and_slices(session, dtype, out, schedule):
-    """Tiles are large from 6 of them on, of 256 columns each: (7, 5, 3, 24) and the last two; 1200 and 1600 are shared
-    out among slices; 132 and 130 need two large tiles each way in float32; 24 is 6 words a row."""
+    """Float32, for three processors: 132 x 130 in large tiles, two each way; 111 x 99 in tiles of 64 x 32; others in
+    tiles of 32 x 32, 1600 columns of them in slices and 1200 in two runs of a thread's. Else tiles are large from 6 of
+    them on, of 256 columns each; 1200 and 1600 columns are shared out. 24 is 6 words a row."""
     shapes = [(0, 3, 3, 3), (3, 19, 7, 24), (7, 5, 3, 24), (2, 3, 5, 1200), (1, 132, 130, 33), (1, 3, 5, 1600)]
+    shapes += [(1, 111, 99, 111), (1, 111, 99, 112)]
     for batch, n, m, d in [*shapes, (2, 132, 130, 33)]:
         a, b = normal(batch, n, d, seed=1, dtype=dtype), normal(batch, m, d, seed=2, dtype=dtype)
         got = host.neuron_distances(session, a, b, out, schedule)
         assert_within(got, distances(a, b), BOUND[out or dtype], what=(batch, n, m, d))
+
+
+def test_distances_of_large_tiles_in_runs(session):
+    """Many columns, and large tiles all the same: the sums of runs are added up in the result."""
+    for d, schedule in ((140, SCHEDULES[2]), (133, SCHEDULES[1])):
+        a, b = normal(1, 372, d, seed=1), normal(1, 120, d, seed=2)
+        got = host.neuron_distances(session, a, b, schedule=schedule)
+        assert_within(got, distances(a, b), BOUND["float32"])
 
 
 @pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])

@@ -31,8 +31,10 @@ def probe_distances(session, schedule):
     for d in (36, 37):
         a, b = normal(1, 19, d, dtype="float64"), normal(1, 7, d, seed=1, dtype="float64")
         assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
-    for d in (1200, 1600):  # slices of small tiles, and of large ones
-        a, b = normal(1, 2, d), normal(1, 3, d, seed=1)
+    a, b = normal(7, 2, 140, dtype="float64"), normal(7, 3, 140, seed=1, dtype="float64")  # two runs of columns
+    assert_within(host.neuron_distances(session, a, b, "float32", schedule), distances(a, b), 1e-6)
+    for batch, d in ((3, 1040), (1, 1600)):  # two runs of a group's, and slices
+        a, b = normal(batch, 2, d), normal(batch, 3, d, seed=1)
         assert_within(host.neuron_distances(session, a, b, schedule=schedule), distances(a, b), 1e-6)
 
 
@@ -120,7 +122,7 @@ def probe_shifts(session, schedule):
     assert status == 1 and np.isnan(out).all()
 
 
-ROWS, DISTANCES = "rows.cuh", "neuron_distances.cu"
+ROWS, PIECES, DISTANCES = "rows.cuh", "pieces.cuh", "neuron_distances.cu"
 MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
@@ -131,26 +133,53 @@ SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
 CHECKING = "; e += Index(gridDim.x) * blockDim.x) {\n        const Index x"
-MORE = "if (k + Depth < count) start(k + Depth);\n        "
+MORE = "start(k + Depth, 0);\n            "
 FAULTS = {
     probe_distances: {
-        "no barrier before a piece is used": (ROWS, MORE + "«sync_block();»", ""),
-        "no barrier before the next piece is put": (ROWS, "«sync_block();»  // all threads are done", ""),
-        "copies not waited for": (ROWS, "«copy_async_wait<0>();»\n", "copy_async_wait<1>();"),
+        "no barrier before a piece is used": (PIECES, MORE + "«sync_block();»", ""),
+        "no barrier before the next piece is put": (
+            PIECES,
+            "«sync_block();»  // all threads are done with the piece",
+            "",
+        ),
+        "copies not waited for": (PIECES, "«copy_async_wait<ahead - 1>();»", "copy_async_wait<ahead>();"),
+        "the next piece over one in use": (PIECES, "ahead * Depth, «stage == 0 ? ahead : stage - 1»)", "stage"),
+        "the same words again": (PIECES, "next[w] += «Tile::kDepth»;", "0"),
+        "words of another group": (ROWS, "from = «int(threadIdx.x) / kGroup * share»;", "0"),
+        "no barrier before the sums of groups are put": (
+            PIECES,
+            "«sync_block();»  // all threads are done with the last",
+            "",
+        ),
+        "no barrier before the sums of groups are added up": (PIECES, "«sync_block();»  // the sums of all", ""),
+        "one group is not added up": (PIECES, "«g < Tile::kGroups»; ++g", "g < Tile::kGroups - 1"),
         "rows beyond the end are read": (ROWS, "return data + («i < count» ?", "true"),
-        "rows beyond the end are read in words": (ROWS, "row = «i < source.count» ?", "true"),
-        "one column too many": (ROWS, "inside = «k + x < count»;", "k + x <= count"),
-        "one column too many in words": (ROWS, "left = «count - k - x»,", "count - k - x + 1"),
+        "rows beyond the end are read in words": (PIECES, "row = «i < source.count» ?", "true"),
+        "one column too many": (PIECES, "inside = «k + x < count»;", "k + x <= count"),
+        "one column too many in words": (PIECES, "left = «count - k - x»,", "count - k - x + 1"),
         "unaligned rows are taken for words": (ROWS, "«m.row_stride % wide == 0»", "true"),
         "another thread's words are converted": (
-            ROWS,
-            "raw)[«w * kTileThreads + thread»]",
-            "w * kTileThreads + (thread ^ 1)",
+            PIECES,
+            "raw)[«w * Tile::kThreads + thread»]",
+            "w * Tile::kThreads + (thread ^ 1)",
         ),
-        "shared memory too small": (ROWS, "take<In>(«kRawB»)", "kRawB - 1"),
+        "shared memory too small": (PIECES, "take<S>(«kSize»)", "kSize - 8"),
+        "shared memory too small for what is converted": (PIECES, "take<In>(«kRaw»)", "kRaw - 1"),
         "columns beyond the end are written": (DISTANCES, "if («16 * c < here») row", "i < a.count"),
         "runs are not added up": (DISTANCES, "first = «k < kRun»;", "true"),
-        "the last columns are left out": (DISTANCES, "smaller(«g.d», (slice + 1) * plan.columns)", "g.d / 4 * 4"),
+        "columns beyond the end are written by groups": (DISTANCES, "«j + 8 * c < b.count») out", "true"),
+        "rows beyond the end are written by groups": (DISTANCES, "if («i < a.count» && ", "true"),
+        "runs of groups are not added up": (DISTANCES, "«total[r][c] += sum[r][c];»", "total[r][c] = sum[r][c];"),
+        "the last columns are left out": (
+            DISTANCES,
+            "smaller(«g.d», (slice + 1) * plan.length), shared, sum, [&](int k)",
+            "g.d / 4 * 4",
+        ),
+        "the last columns are left out by groups": (
+            DISTANCES,
+            "smaller(«g.d», (slice + 1) * plan.length), shared, sum, [&](int)",
+            "g.d / 4 * 4",
+        ),
         "one slice is not added up": (DISTANCES, "«s < slices»; ++s", "s < slices - 1"),
     },
     probe_inverses: {

@@ -7,7 +7,7 @@
 // the sum: as good as float64, which is slow on most GPUs. Slices are added up in order; how many there are depends on the
 // shape alone.
 #include "cuda/conv2d_second_moment.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/pieces.cuh"
 
 namespace mtz::cuda {
 namespace {
