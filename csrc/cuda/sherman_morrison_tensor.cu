@@ -76,17 +76,17 @@ struct Block {
     // The status, the same for every thread.
     __device__ __forceinline__ int update_all(Index p, const Index* order) const {
         const double doubt = rounding<float>(g.d);
-        const int parts = 2 * int(ceil_div(lane.side, 8 * Shape::kColumns));
+        const int strips = int(ceil_div(lane.side, 8 * Shape::kColumns));
         int y = 0;  // the place of Y
 #pragma unroll 1
         for (Index first = 0; first < g.k; first += panel, y ^= 1) {
             const int there = blocks(first);
             const bool next = first + panel < g.k;
+            const int parts = there > 1 ? 2 * strips : strips;  // of V
             float *in = lane.place(y), *out = lane.place(y ^ 1);
             if (resident.thread < kPanel) lane.pivots.sign[resident.thread] = lane.root[resident.thread] < 0 ? -1 : 1;
 #pragma unroll 1
-            for (int e = warp; e < parts; e += Shape::kWarps)
-                if (e % 2 < there) lane.make_v({there, e}, in, out);
+            for (int e = warp; e < parts; e += Shape::kWarps) lane.make_v({there, e / strips, e % strips}, in, out);
             sync_block();  // V is there
 #pragma unroll 1
             for (int e = warp; e < there * (there + 1) / 2; e += Shape::kWarps) lane.make_s(e, in, out);
@@ -95,8 +95,7 @@ struct Block {
             if (status != kUpdated) return status;
             keep_weight(w);
 #pragma unroll 1
-            for (int e = warp; e < parts; e += Shape::kWarps)
-                if (e % 2 < there) lane.solve({there, e}, out, in);
+            for (int e = warp; e < parts; e += Shape::kWarps) lane.solve({there, e / strips, e % strips}, out, in);
             sync_block();  // V is solved
             if (next) start_vectors(p, order, first + panel, out);
             copy_async_commit();

@@ -158,8 +158,7 @@ struct Lane {
     struct Part {
         int rows[2], strip;
         bool both;
-        __device__ __forceinline__ Part(int blocks, int number) : strip(number / 2) {
-            const int pair = number % 2;
+        __device__ __forceinline__ Part(int blocks, int pair, int strip) : strip(strip) {
             both = 3 - pair < blocks;
             rows[0] = pair;
             rows[1] = both ? 3 - pair : pair;
