@@ -302,7 +302,7 @@ FAULTS = {
         "no barrier after the pivots": (PIVOTS, "«sync_block();»  // N is there", ""),
         "no barrier before rows are reduced": (PIVOTS, "«sync_block();»  // M and X of this block", ""),
         "no barrier between blocks of pivots": (PIVOTS, "«sync_block();»  // S and R are without", ""),
-        "no zeros above the diagonal": (PIVOTS, "«j < blocks * kBlock»; ++j", "false"),
+        "no zeros above the diagonal": (PIVOTS, "«k + e > i» ? T(0)", "false"),
         "another row is taken out": (PIVOTS, "shuffle_from(row[k], «half + j»)", "half + (j ^ 1)"),
         "the last pivot only": (PIVOTS, "if («other < worst») worst", "other > worst"),
         "signs are not looked at": (PIVOTS, "other[k] *= «sign[m * kBlock + k]»;", "T(1)"),

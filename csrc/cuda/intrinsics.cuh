@@ -129,14 +129,17 @@ constexpr bool kTensorCores = true;
 constexpr bool kTensorCores = false;
 #endif
 
-// x = high + low, high its first 10 bits of fraction, rounded. Of low, tensor cores take as many: 21 bits of x are left.
+// x = high + low, high its first 10 bits of fraction, rounded: with 13 more bits than a float32 has for it, 8193 x loses as
+// many of x, and unlike the conversion this leaves integer units alone. Of low, tensor cores take as many bits: 21 of x are
+// left. Beyond 4e34, both are NaN.
 struct Tf32 {
     std::uint32_t high, low;
 };
 __device__ __forceinline__ Tf32 split_tf32(float x) {
+    const float high = fmaf(x, -8192.0f, fmaf(x, 8192.0f, x));
     Tf32 result;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result.high) : "f"(x));
-    result.low = __float_as_uint(x - __uint_as_float(result.high));
+    result.high = __float_as_uint(high);
+    result.low = __float_as_uint(x - high);
     return result;
 }
 
@@ -165,6 +168,15 @@ __device__ __forceinline__ float square_root(float x) {
 }
 __device__ __forceinline__ double square_root(double x) {
     return sqrt(x);
+}
+// 1 / sqrt(x) of a positive number, to the last bit or the one before it.
+__device__ __forceinline__ float inverse_root(float x) {
+    float result;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return fmaf(0.5f * result, fmaf(-x * result, result, 1.0f), result);
+}
+__device__ __forceinline__ double inverse_root(double x) {
+    return 1 / sqrt(x);
 }
 // 1 / x, to the last bit or the one before it.
 __device__ __forceinline__ float reciprocal(float x) {

@@ -1,6 +1,6 @@
 // The pivots of a panel of vectors, by a block of threads in shared memory: with S + D = L diag(p) L^T,
 //
-//     X = diag(|p|)^-1/2 L^-1        in blocks of 16 rows and columns; M D X takes what is known out of rows that are left
+//     X = diag(|p|)^-1/2 L^-1        in blocks of 16 rows and columns, those above the diagonal left out
 //
 // For block m, between barriers:
 //
@@ -8,7 +8,7 @@
 //     B  M_i = S_im N^T for the rows i below, and X_mj = N R_mj for the columns j before
 //     C  S_ij -= M_i D M_j^T,  R_ij -= M_i D X_mj           R_ij begins as 0 and lies where S_ij is needed no longer
 //
-// Only A is one step after another, and takes no barrier: of its lanes half have the rows of S, half those of N.
+// Only A is one step after another, and takes no barrier.
 #pragma once
 
 #include "cuda/sherman_morrison.cuh"
@@ -38,12 +38,9 @@ struct Pivots {
     // same for all threads. Starts and ends with a barrier.
     __device__ __forceinline__ int eliminate(int blocks, double doubt) const {
         const int thread = int(threadIdx.x), threads = int(blockDim.x);
-        sync_block();  // S is there
-        for (int i = thread; i < blocks * kBlock; i += threads) {
-            if (i < kBlock)  // as only this thread reads it
-                for (int m = 0; m < blocks; ++m) size[m * kBlock + i] = s[(m * kBlock + i) * (kPitch + 1)];
-            for (int j = (i / kBlock + 1) * kBlock; j < blocks * kBlock; ++j) inverse[i * kPitch + j] = 0;
-        }
+        sync_block();         // S is there
+        if (thread < kBlock)  // which alone reads them
+            for (int m = 0; m < blocks; ++m) size[m * kBlock + thread] = s[(m * kBlock + thread) * (kPitch + 1)];
 #pragma unroll 1
         for (int m = 0; m < blocks; ++m) {
             if (thread < kWarp) factor(m, doubt);
@@ -90,31 +87,38 @@ struct Pivots {
         }
     }
 
-    // A: a row a lane. Step j takes row j out of the rows after it; where its pivot is below 1 but may not be, by rounding,
-    // 1 stands for it. Status is that of the first pivot that fails.
+    // A: a row a lane, both halves of the warp the same. Step j takes row j out of the rows after it, and turns all rows by
+    // one: what is left of S comes first, and N behind it, so that steps are alike and their loop is not unrolled, which
+    // would let the compiler put shuffles one after another. Where a pivot is below 1 but may not be, by rounding, 1 stands
+    // for it. Status is that of the first pivot that fails.
     __device__ __forceinline__ void factor(int m, double doubt) const {
-        const int lane = int(threadIdx.x), i = lane % kBlock, half = lane - i, at = m * kBlock + i;
+        const int lane = int(threadIdx.x), i = lane % kBlock, at = m * kBlock + i;
         const T mine = sign[at];
         T row[kBlock], pivot = 0;
         load(s + at * kPitch + m * kBlock, row);
 #pragma unroll
-        for (int k = 0; k < kBlock; ++k) row[k] = half ? T(k == i) : row[k] + (k == i ? mine : T(0));
-#pragma unroll
+        for (int k = 0; k < kBlock; ++k) row[k] += k == i ? mine : T(0);
+#pragma unroll 1
         for (int j = 0; j < kBlock; ++j) {
-            if (i == j) pivot = row[j];
-            const T left = shuffle_from(row[j], i);
-            const T p = shuffle_from(mine > 0 && row[j] < 1 ? T(1) : row[j], j);
-            const T factor = i > j ? left * -reciprocal(p) : T(0);
+            if (i == j) pivot = row[0];
+            const T p = shuffle_from(mine > 0 && row[0] < 1 ? T(1) : row[0], j);
+            T other[kBlock];
 #pragma unroll
-            for (int k = 0; k < kBlock; ++k) row[k] = multiply_add(factor, shuffle_from(row[k], half + j), row[k]);
+            for (int k = 1; k < kBlock; ++k) other[k] = shuffle_from(row[k], j);
+            const T factor = i > j ? row[0] * -reciprocal(p) : T(0);
+#pragma unroll
+            for (int k = 1; k < kBlock; ++k) row[k - 1] = multiply_add(factor, other[k], row[k]);
+            row[kBlock - 1] = i == j ? T(1) : factor;
         }
         double p = double(pivot);
-        const int judged = half ? int(kUpdated) : judge_pivot(double(mine), double(size[at]), doubt, p);
-        const T root = shuffle_from(T(1) / square_root(T(p < 0 ? -p : p)), i);
-        if (half) {
+        const int judged = lane < kBlock ? judge_pivot(double(mine), double(size[at]), doubt, p) : int(kUpdated);
+        const T root = inverse_root(T(p < 0 ? -p : p));
+        if (lane < kBlock) {
 #pragma unroll
             for (int k = 0; k < kBlock; k += 4) {
-                const T scaled[4] = {root * row[k], root * row[k + 1], root * row[k + 2], root * row[k + 3]};
+                T scaled[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) scaled[e] = k + e > i ? T(0) : root * row[k + e];
                 store_four(inverse + at * kPitch + m * kBlock + k, scaled);
             }
         }

@@ -73,7 +73,7 @@ struct Scaled {
 // Relative error of an inner product of d terms, with a margin.
 template <class T>
 __device__ __forceinline__ double rounding(Index d) {
-    return 16 * (sizeof(T) == 4 ? 1.2e-7 : 2.3e-16) * square_root(double(d));
+    return 16 * (sizeof(T) == 4 ? 1.2e-7 : 2.3e-16) * (float(d) * inverse_root(float(d)));
 }
 
 __device__ __forceinline__ bool finite(double x) {

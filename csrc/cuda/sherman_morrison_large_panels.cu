@@ -14,7 +14,7 @@ constexpr int kPanelThreads = 256, kTile = 32;
 // s[p, b, chunk, q, r] = sum over a chunk of j of V[q, j] Y[r, j], q of this panel and r of panel b, a warp for 4 x 4 of
 // them; rows end in zeros
 template <class T>
-__global__ void __launch_bounds__(kPanelThreads) small_product_kernel(Large<T> w, int panel, int panels) {
+__global__ void __launch_bounds__(kPanelThreads, 1) small_product_kernel(Large<T> w, int panel, int panels) {
     constexpr int side = K / 4, wide = Word<T>::kCount;
     wait_for_launch();
     const int lane = int(threadIdx.x) % kWarp, later = panels - panel;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kPanelThreads) small_product_kernel(Large<T> w
         const T* y = w.y + (p * w.side + b * K + r) * w.pitch;
         const Index last = smaller(w.pitch, (chunk + 1) * w.chunk);
         T sum[4][4] = {};
-#pragma unroll(sizeof(T) == 4 ? 2 : 1)
+#pragma unroll(sizeof(T) == 4 ? 4 : 2)
         for (Index j = chunk * w.chunk + lane * wide; j < last; j += kWarp * wide) {
             Word<T> at_y[4];
 #pragma unroll
@@ -182,7 +182,7 @@ struct Columns {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kPanelThreads) solve_kernel(Index first_block, Large<T> w, int panel, int panels) {
+__global__ void __launch_bounds__(kPanelThreads, 1) solve_kernel(Index first_block, Large<T> w, int panel, int panels) {
     wait_for_launch();
     const Index block = first_block + blockIdx.x, tiles = ceil_div(w.g.d, kTile), p = block / tiles;
     if (sync_block_any(w.skipped(p))) return;  // another block may be writing it

@@ -7,21 +7,10 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
 #include "cuda/pivots.cuh"
 
 namespace mtz::cuda::tensor {
-
-// As split_tf32 for values below 1e34 and NaN beyond, but on units that are idle: with 13 more bits than a float32 has for
-// it, 8193 x loses as many of x.
-__device__ __forceinline__ Tf32 split(float x) {
-    const float high = multiply_add(x, -8192.0f, multiply_add(x, 8192.0f, x)), low = x - high;
-    Tf32 result;
-    std::memcpy(&result.high, &high, 4);
-    std::memcpy(&result.low, &low, 4);
-    return result;
-}
 
 struct alignas(8) Two {
     float at[2];
@@ -66,7 +55,7 @@ __device__ __forceinline__ void multiply_add(Tile (*sum)[N], const Tf32 (&a)[M][
 
 __device__ __forceinline__ void split(const Four<float>& values, Tf32 (&to)[4]) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = split(values.at[e]);
+    for (int e = 0; e < 4; ++e) to[e] = split_tf32(values.at[e]);
 }
 
 // Rows of tiles from First on, Together at a time, over sixteens begin to end - 1; a(chunk, m, half) and b(chunk, n) are a

@@ -112,12 +112,9 @@ struct Tf32 {
     std::uint32_t high, low;
 };
 inline Tf32 split_tf32(float x) {
+    const float high = std::fmaf(x, -8192.0f, std::fmaf(x, 8192.0f, x)), low = x - high;
     Tf32 result;
-    std::memcpy(&result.high, &x, 4);
-    if (std::isfinite(x)) result.high = (result.high + 0x1000u) & ~0x1fffu;
-    float high;
-    std::memcpy(&high, &result.high, 4);
-    const float low = x - high;
+    std::memcpy(&result.high, &high, 4);
     std::memcpy(&result.low, &low, 4);
     return result;
 }
@@ -155,6 +152,10 @@ inline float square_root(float x) {
 }
 inline double square_root(double x) {
     return std::sqrt(x);
+}
+template <class T>
+T inverse_root(T x) {
+    return 1 / std::sqrt(x);
 }
 inline float reciprocal(float x) {
     return 1 / x;
