@@ -187,6 +187,13 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ double reciprocal(double x) {
     return 1 / x;
 }
+// Of two numbers, or the other of a NaN.
+__device__ __forceinline__ float larger_of(float a, float b) {
+    return fmaxf(a, b);
+}
+__device__ __forceinline__ double larger_of(double a, double b) {
+    return fmax(a, b);
+}
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
     return fmaf(a, b, c);
 }

@@ -6,12 +6,12 @@
 // the next piece. A block takes 36 KiB of shared memory and 128 registers a thread: two share a processor on every
 // architecture from 8.0 on.
 //
-// With few tiles for a whole GPU, in float32, tiles are of 64 x 32 or 32 x 32 pairs, and eight groups of a block's threads
-// share out the columns: of the instructions a thread issues for 64 columns 512 are these, 24 load them, and about 60 bring
-// the next piece, straight to its place with two on their way (76 or 51 KiB). The groups' sums are added up at the end, in
-// order. Only where even such tiles are far too few do blocks share out the columns as well: slices go to the workspace, and
-// are added up in order by a second launch. The other types have slices of large tiles, and of tiles of half the side where a
-// large one would get few columns. The shape alone decides (cuda/neuron_distances_plan.cuh).
+// With few tiles for a whole GPU, in float32, tiles are of 32 x 32 pairs, and the eight warps of a block share out the
+// columns: of the instructions a thread issues for 64 columns 512 are these, 24 load them, and about 60 bring the next piece,
+// straight to its place with two on their way (51 KiB). The warps' sums are added up at the end, in order. Only where even
+// such tiles are far too few do blocks share out the columns as well: slices go to the workspace, and are added up in order
+// by a second launch. The other types have slices of large tiles, and of tiles of half the side where a large one would get
+// few columns. The shape alone decides (cuda/neuron_distances_plan.cuh).
 //
 // A sum of d squares in float32 rounds d times: so runs of kRun columns are summed in registers, and the runs added up by the
 // thread they belong to: in the result, or, where it has few sums, in registers.
@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(kTileThreads, Source<In>::kWords ? 2 : 1)
 }
 
 // The same in small tiles of float32, groups of threads sharing out the columns.
-template <template <class> class Source, int High>
-__global__ void __launch_bounds__(Grouped<High>::kThreads, 512 / Grouped<High>::kThreads)
+template <template <class> class Source>
+__global__ void __launch_bounds__(Grouped::kThreads, 2)
     grouped_kernel(Index first_block, NeuronDistancesArgs g, Plan plan, float* to) {
-    using Tile = Grouped<High>;
+    using Tile = Grouped;
     SharedMemory memory;
     const Pieces<float, Tile> shared(memory);
     // In 32 bits, and none that is not needed, as the first piece waits for these divisions. Neighbouring blocks share their
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Grouped<High>::kThreads, 512 / Grouped<High>::
         });
     const Word<float> value = add_groups<Tile>(total, shared.a);
     const int thread = int(threadIdx.x) % Tile::kGroup, group = int(threadIdx.x) / Tile::kGroup;
-    const int i = tile_row<8>(thread) + High * group, j = tile_column<8>(thread);
+    const int i = tile_row<8>(thread) + Tile::kHigh * group, j = tile_column<8>(thread);
     float* out = to + ((slice * g.batch + p) * g.n + i0 + i) * g.m + j0 + j;
 #pragma unroll
     for (int c = 0; c < 4; ++c)
@@ -130,18 +130,16 @@ cudaError_t run(const NeuronDistancesArgs& g, const Plan& plan, void* to, void* 
                                                  static_cast<Out*>(to), stream);
 }
 
-template <int High>
 cudaError_t run_grouped(const NeuronDistancesArgs& g, const Plan& plan, void* to, void* stream) {
-    return launch_tiles<float, Grouped<High>>(grouped_kernel<WordRows, High>, grouped_kernel<Rows, High>, g, plan,
-                                              static_cast<float*>(to), stream);
+    return launch_tiles<float, Grouped>(grouped_kernel<WordRows>, grouped_kernel<Rows>, g, plan,
+                                        static_cast<float*>(to), stream);
 }
 
 cudaError_t run_tiles(const NeuronDistancesArgs& g, const Plan& plan, void* to, void* stream) {
     switch (g.in) {
         case Scalar::float32:
-            return plan.rows == 128  ? run<float, float, float, float, 8, 16>(g, plan, to, stream)
-                   : plan.rows == 64 ? run_grouped<8>(g, plan, to, stream)
-                                     : run_grouped<4>(g, plan, to, stream);
+            return plan.rows == 128 ? run<float, float, float, float, 8, 16>(g, plan, to, stream)
+                                    : run_grouped(g, plan, to, stream);
         case Scalar::float64:
             return g.out_scalar == Scalar::float64 ? run<double, double, double, double, 4, 16>(g, plan, to, stream)
                    : plan.rows == 64               ? run<double, Split, float, float, 4, 8>(g, plan, to, stream)

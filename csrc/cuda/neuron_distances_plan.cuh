@@ -17,10 +17,9 @@ constexpr int kRun = 128, kPiece = 16;
 constexpr Index kEnoughBlocks = MTZ_ENOUGH_BLOCKS, kProcessors = kEnoughBlocks / 2;
 constexpr Index kLeastColumns = 64, kManyColumns = 256;  // of a slice; and worth a large tile
 
-// Tiles of 8 High x 32 pairs, whose columns eight groups of 8 High threads share out: of a piece of 64 columns each takes
-// two words for 8 x 4 sums a thread.
-template <int High>
-using Grouped = Tile<float, 8, 4, 64, High, 8, 8, 3>;
+// Tiles of 32 x 32 pairs, whose columns eight warps share out: of a piece of 64 columns each takes two words for 8 x 4 sums a
+// thread. (Tiles of 64 x 32, a block of 512 threads a processor, take a tenth longer: all of it waits at every barrier.)
+using Grouped = Tile<float, 8, 4, 64, 4, 8, 8, 3>;
 
 struct Plan {
     int rows;                            // of a tile
@@ -44,27 +43,26 @@ struct Plan {
     }
     Index blocks() const { return batch_ * down * across * slices; }
 
-    // About how many cycles it takes in float32, by the instructions that a processor issues for a column of a tile; besides
-    // for each tile, until its first piece is there and while sums are added up and written; and for the second launch that
-    // slices take. A tile of 64 x 32 has a processor to itself, of the others two share one.
+    // About how many cycles it takes in float32, as measured on an H200, by the columns of the tiles that a processor works
+    // on; besides for each tile, until its first piece is there and while sums are added up and written; and for the second
+    // launch that slices take. Two tiles share a processor.
     Index cycles() const {
         const Index rounds = ceil_div(blocks(), kProcessors);
-        if (rows == 128) return rounds * (300 * length + 1500) + 2500;
-        if (rows == 64) return rounds * (39 * length + 4000);
-        return rounds * (20 * length + 2000) + 2000 + (slices > 1 ? 10000 : 0);
+        if (rows == 128) return rounds * (366 * length + 1500) + 2500;
+        return rounds * (23 * length + 2500) + 2500 + (slices > 1 ? 10000 : 0);
     }
 
   private:
     Index batch_;
 };
 
-// The plan of the fewest cycles: tiles of 128 x 128 where there are enough of them for all processors, else smaller ones;
-// slices where also those are far too few.
+// The plan of the fewest cycles: tiles of 128 x 128 where there are enough of them for all processors, else of 32 x 32; slices
+// where also those are far too few.
 inline Plan plan_in_float(const NeuronDistancesArgs& g) {
     Plan best(g, 128, 128);
-    const Plan wide(g, Grouped<8>::kRows, Grouped<8>::kColumns), small(g, Grouped<4>::kRows, Grouped<4>::kColumns);
+    const Plan small(g, Grouped::kRows, Grouped::kColumns);
     if (small.blocks() > INT32_MAX) return best;  // grouped_kernel counts blocks in 32 bits
-    for (const Plan& other : {wide, small, small.sliced(kProcessors, kRun, Grouped<4>::kDepth)})
+    for (const Plan& other : {small, small.sliced(kProcessors, kRun, Grouped::kDepth)})
         if (other.cycles() < best.cycles()) best = other;
     return best;
 }

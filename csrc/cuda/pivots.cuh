@@ -11,6 +11,8 @@
 // Only A is one step after another, and takes no barrier.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/sherman_morrison.cuh"
 
 namespace mtz::cuda {
@@ -38,8 +40,9 @@ struct Pivots {
     // same for all threads. Starts and ends with a barrier.
     __device__ __forceinline__ int eliminate(int blocks, double doubt) const {
         const int thread = int(threadIdx.x), threads = int(blockDim.x);
-        sync_block();         // S is there
-        if (thread < kBlock)  // which alone reads them
+        sync_block();  // S is there
+
+        if (thread < kBlock)  // as only this thread reads them
             for (int m = 0; m < blocks; ++m) size[m * kBlock + thread] = s[(m * kBlock + thread) * (kPitch + 1)];
 #pragma unroll 1
         for (int m = 0; m < blocks; ++m) {
@@ -93,7 +96,7 @@ struct Pivots {
     // for it. Status is that of the first pivot that fails.
     __device__ __forceinline__ void factor(int m, double doubt) const {
         const int lane = int(threadIdx.x), i = lane % kBlock, at = m * kBlock + i;
-        const T mine = sign[at];
+        const T mine = sign[at], least = mine > 0 ? T(1) : -T(HUGE_VALF);
         T row[kBlock], pivot = 0;
         load(s + at * kPitch + m * kBlock, row);
 #pragma unroll
@@ -101,7 +104,7 @@ struct Pivots {
 #pragma unroll 1
         for (int j = 0; j < kBlock; ++j) {
             if (i == j) pivot = row[0];
-            const T p = shuffle_from(mine > 0 && row[0] < 1 ? T(1) : row[0], j);
+            const T p = shuffle_from(larger_of(row[0], least), j);
             T other[kBlock];
 #pragma unroll
             for (int k = 1; k < kBlock; ++k) other[k] = shuffle_from(row[k], j);
@@ -118,7 +121,7 @@ struct Pivots {
             for (int k = 0; k < kBlock; k += 4) {
                 T scaled[4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) scaled[e] = k + e > i ? T(0) : root * row[k + e];
+                for (int e = 0; e < 4; ++e) scaled[e] = root * row[k + e];
                 store_four(inverse + at * kPitch + m * kBlock + k, scaled);
             }
         }

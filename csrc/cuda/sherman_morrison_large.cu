@@ -187,23 +187,31 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     find(recomputed(int(blockIdx.x), panels));
     T* matrix = w.inverse(p);
     const Index i = i0 + P::row(), row = g.inverse_row_stride;
+    constexpr int parts = P::kColumns / 4;
+    bool whole[parts];
+    Four<T> old[parts][4];  // all on their way at once
 #pragma unroll
-    for (int c = 0; c < P::kColumns / 4; ++c) {
+    for (int c = 0; c < parts; ++c) {
         const Index j = j0 + P::column(c);
-        if (Words && i < j && j + 4 <= g.d) {
-            T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
-            Four<T> old[4];
+        whole[c] = Words && i < j && j + 4 <= g.d;
 #pragma unroll
-            for (int r = 0; r < 4; ++r) old[r] = load_four(from + r * row);
+        for (int r = 0; r < 4; ++r)
+            if (whole[c]) old[c][r] = load_four(matrix + (i + r) * row + j);
+    }
+#pragma unroll
+    for (int c = 0; c < parts; ++c) {
+        const Index j = j0 + P::column(c);
+        if (whole[c]) {
+            T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
 #pragma unroll
-                for (int f = 0; f < 4; ++f) old[r].at[f] += sum[r][4 * c + f];
-                *reinterpret_cast<Four<T>*>(from + r * row) = old[r];
+                for (int f = 0; f < 4; ++f) old[c][r].at[f] += sum[r][4 * c + f];
+                *reinterpret_cast<Four<T>*>(from + r * row) = old[c][r];
             }
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
-                const Four<T> turned{{old[0].at[f], old[1].at[f], old[2].at[f], old[3].at[f]}};
+                const Four<T> turned{{old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]}};
                 *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
             }
         } else if (i <= j) {  // at the diagonal and at the end, one by one

@@ -63,10 +63,10 @@ struct Panel {
         return 32 * h + 4 * (lane / 2 % 8);
     }
     // Where element i of step k of a piece of a is kept, and row j of b.
-    __device__ static __forceinline__ int place_a(int k, int i) {
+    __device__ static __forceinline__ unsigned place_a(unsigned k, unsigned i) {
         return k * kRows + (kMayTensor && kTensorCores ? i ^ k / 4 * 8 : i);
     }
-    __device__ static __forceinline__ int place_b(int j) {
+    __device__ static __forceinline__ unsigned place_b(unsigned j) {
         return kMayTensor && kTensorCores ? j * kDepth : (j / 4 % 8 + 8 * (j % 4 + j / 32 * 4)) * kPitch;
     }
 
@@ -95,7 +95,7 @@ struct Panel {
 
     __device__ static __forceinline__ void add_tensor(const float* a, const float* b, float (&sum)[4][kColumns]) {
         constexpr int kTiles = kColumns / 2;  // of 8 columns
-        const int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+        const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
         const float* rows = a + place_a(4 * t, row());
         const float* columns = b + place_b(column(0) - 4 * t + g / 2 * 4 + g % 2) + 4 * t;
         Four<float> word[4];
@@ -145,14 +145,13 @@ struct Across {
     template <class P>
     __device__ __forceinline__ void start(int k, int count, T* to) const {
         constexpr int wide = Words ? P::kWide : 1, across = P::kRows / wide, down = P::kThreads / across;
-        const int thread = recomputed(int(threadIdx.x), k), i = k + thread / across, column = thread % across * wide;
-        const int left = columns - column, valid = left < 0 ? 0 : left < wide ? left : wide;
-        const T* from = data + (valid ? i * row_stride + column : 0);
+        const unsigned thread = recomputed(int(threadIdx.x), k), y = thread / across, column = thread % across * wide;
+        const int left = columns - int(column), valid = left < 0 ? 0 : left < wide ? left : wide;
+        const T* from = data + (valid ? (unsigned(k) + y) * row_stride + column : 0);
 #pragma unroll(Words ? 8 : 1)
         for (int e = 0; e < P::kDepth / down; ++e)
-            copy_async<wide* int(sizeof(T))>(to + P::place_a(thread / across + e * down, column),
-                                             from + e * down * row_stride,
-                                             i + e * down < count ? valid * int(sizeof(T)) : 0);
+            copy_async<wide* int(sizeof(T))>(to + P::place_a(y + e * down, column), from + e * down * row_stride,
+                                             int(y) < count - k - e * down ? valid * int(sizeof(T)) : 0);
     }
 };
 
@@ -166,12 +165,12 @@ struct Along {
     template <class P>
     __device__ __forceinline__ void start(int k, int count, T* to) const {
         constexpr int across = P::kDepth / P::kWide, down = P::kThreads / across;
-        const int thread = recomputed(int(threadIdx.x), k), column = k + thread % across * P::kWide;
-        const int valid = column < count ? 16 : 0;
+        const unsigned thread = recomputed(int(threadIdx.x), k), x = thread % across * P::kWide;
+        const int valid = int(x) < count - k ? 16 : 0;
 #pragma unroll
         for (int e = 0; e < K / down; ++e) {
-            const int at = thread / across + e * down, row = at < rows ? at : rows - 1;
-            copy_async<16>(to + P::place_b(at) + thread % across * P::kWide, data + row * row_stride + column, valid);
+            const unsigned at = thread / across + e * down, row = at < unsigned(rows) ? at : unsigned(rows) - 1;
+            copy_async<16>(to + P::place_b(at) + x, data + row * row_stride + (unsigned(k) + x), valid);
         }
     }
 };
@@ -195,7 +194,7 @@ __device__ __forceinline__ void add_product(const Across<T, Words>& a, const Alo
     for (int k = 0; k < count; k += P::kDepth) {
         copy_async_wait<1>();
         sync_block();  // this piece is there, and all threads are done with the one before
-        const int piece = k / P::kDepth;
+        const unsigned piece = unsigned(k) / P::kDepth;
         start(k + 2 * P::kDepth, (piece + 2) % P::kStages);
         shared.add(piece % P::kStages, sum);
     }

@@ -89,19 +89,22 @@ struct Columns {
     }
     // S of this panel with panel b; of the lower triangle only, where that is all there is
     __device__ __forceinline__ void load_s(Index b, bool lower) const {
-        const T* from = w.s + (p * w.panels + b) * w.chunks * K * K;
-#pragma unroll 2
-        for (int e = int(threadIdx.x); e < K * K / 4; e += kPanelThreads) {
-            const int q = e / (K / 4), r = e % (K / 4) * 4;
-            if (lower && r / Pivots<T>::kBlock > q / Pivots<T>::kBlock) continue;
-            Four<T> sum = load_four(from + q * K + r);
-#pragma unroll 3
-            for (Index chunk = 1; chunk < w.chunks; ++chunk) {
-                const Four<T> more = load_four(from + chunk * K * K + q * K + r);
+        static_assert(K * K / 4 % kPanelThreads == 0);
+        const int q = int(threadIdx.x) / (K / 4), r = int(threadIdx.x) % (K / 4) * 4, chunks = int(w.chunks);
+        const T* from = w.s + (p * w.panels + b) * w.chunks * K * K + 4 * threadIdx.x;
+        T* to = pivots.s + q * Pivots<T>::kPitch + r;
+        constexpr int down = kPanelThreads / (K / 4);
+#pragma unroll
+        for (int e = 0; e < K / down; ++e) {
+            if (lower && r / Pivots<T>::kBlock > (q + e * down) / Pivots<T>::kBlock) continue;
+            Four<T> sum = load_four(from + e * down * K);
+#pragma unroll(kMostChunks - 1)
+            for (int chunk = 1; chunk < chunks; ++chunk) {
+                const Four<T> more = load_four(from + chunk * K * K + e * down * K);
 #pragma unroll
                 for (int f = 0; f < 4; ++f) sum.at[f] += more.at[f];
             }
-            store_four(pivots.s + q * Pivots<T>::kPitch + r, sum.at);
+            store_four(to + e * down * Pivots<T>::kPitch, sum.at);
         }
     }
     // sum = a^T tile, a [K, K] with a pitch; rows of the tile from `first` on

@@ -163,6 +163,10 @@ inline float reciprocal(float x) {
 inline double reciprocal(double x) {
     return 1 / x;
 }
+template <class T>
+T larger_of(T a, T b) {
+    return std::fmax(a, b);
+}
 inline float multiply_add(float a, float b, float c) {
     return float(double(a) * b + c);
 }
