@@ -61,6 +61,7 @@ _STAGES = {"memory", "distributed", "trace", "network", "prepare", "merging", "p
 #: ``zipped(x)``, which imports deploy when called.
 USES = {
     "errors": set(),
+    "precision": set(),
     "inputs": {"errors"},
     "distributed": {"inputs"},
     "trace": {"errors", "inputs"},
@@ -85,9 +86,10 @@ USES = {
         "prepare",
         "merging",
         "planning",
+        "precision",
         "within",
     },
-    "adding": {"arguments", "errors", "inputs", "reports", "within", "zip", *_STAGES},
+    "adding": {"arguments", "errors", "inputs", "precision", "reports", "within", "zip", *_STAGES},
     "tradeoff": {"network", "planning", "zip"},
     "saving": {"inputs", "reports", "network"},
     "retraining": {"errors", "inputs", "distributed", "trace", "network", "saving"},

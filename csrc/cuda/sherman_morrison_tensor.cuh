@@ -254,7 +254,7 @@ struct Lane {
 
   private:
     // Adds what is not below the diagonal, and stores its mirror image: columns in two orders, or lanes would store to the
-    // same banks. Of an 8 x 8 part on the diagonal, lanes have two elements to add, one or none, whatever they load.
+    // same banks. Of an 8 x 8 part on the diagonal, lanes have two elements to add, one or none.
     __device__ __forceinline__ void add_to_matrix(const Tile (&sum)[Shape::kRows][N], int i0, int j0) const {
         const bool turned = t >= 2, both = g <= 2 * t, one = g == 2 * t + 1;
         const int first = 2 * t + turned, second = 2 * t + !turned, along = (g & 2) << 2, down = (t & 1) << 3;
@@ -270,12 +270,14 @@ struct Lane {
                     if (above < 0 || i0 + i >= side || j0 + j >= side) continue;
                     const bool all = above > 0;
                     Two* to = reinterpret_cast<Two*>(row + i * kPitch + (j0 + j ^ along));
-                    const Two old = *to;
                     Two values = pair_of(sum[m][n], half);
-                    values.at[0] += old.at[0];
-                    values.at[1] += old.at[1];
-                    if (all || both) *to = values;
-                    if (!all && one) to->at[1] = values.at[1];
+                    if (all || both) {
+                        const Two old = *to;
+                        values = {{values.at[0] + old.at[0], values.at[1] + old.at[1]}};
+                        *to = values;
+                    } else if (one) {
+                        to->at[1] = values.at[1] += to->at[1];
+                    }
                     float* turned_to = mirror + j * kPitch + 16 * m + (8 * half ^ down);
                     if (all || g < first) *turned_to = turned ? values.at[1] : values.at[0];
                     if (all || g < second) turned_to[other] = turned ? values.at[0] : values.at[1];

@@ -21,6 +21,7 @@ from .planning.activations import same_form
 from .planning.budget import Budget, Plan
 from .planning.partial import partial_axes
 from .planning.plan import make_plan
+from .precision import exact_products
 from .prepare import Prepared, prepare
 from .trace.given import Given
 from .trace.select import Select
@@ -29,6 +30,7 @@ from .within import counts_of, note_plan, predicted_counts, within, zip_prepared
 _log = logging.getLogger("mtzip")
 
 
+@exact_products()
 def zip_networks(
     networks: Mapping[str, nn.Module],
     inputs: Mapping[str, Any],
@@ -169,6 +171,7 @@ def _make(share, options: Options, prepared: Prepared, networks: Mapping[str, nn
     return note_plan(result, share) if isinstance(share, Plan) else result
 
 
+@exact_products()
 def plan(
     networks: Mapping[str, nn.Module],
     inputs: Mapping[str, Any],

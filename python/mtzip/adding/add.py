@@ -21,6 +21,7 @@ from ..network.example import example_of, remembered
 from ..network.zeros import nonzero
 from ..network.zipped import ZippedNetwork
 from ..planning.budget import Budget, Plan
+from ..precision import exact_products
 from ..prepare import chunks_of
 from ..reports.report import AxisReport, LayerReport, Private, Report
 from ..trace.analysis import Analysis
@@ -31,6 +32,7 @@ from ..within import counts_of
 from .joining import Joining
 
 
+@exact_products()
 def add_network(
     zipped: ZippedNetwork,
     task: str,
