@@ -1,7 +1,8 @@
 """python -m bench.paper.draw NAME FILE.csv PICTURE: the picture of an experiment's rows as the command wrote them.
 
 ``ablations`` draws the mean increase of every method, before and after retraining; ``several`` the increase of the mean
-and of the worst task against the number of networks; ``layers`` the mean increase where every layer is zipped in turn.
+and of the worst task against the number of networks, or of the mean for every method; ``layers`` the mean increase where
+every layer is zipped in turn.
 """
 
 from __future__ import annotations
@@ -66,22 +67,27 @@ def ablations(rows: Rows) -> Figure:
 
 
 def several(rows: Rows) -> Figure:
-    """Mean and worst increase against the number of networks, a line a share."""
+    """Mean increase against the number of networks, a line a share and method; with one method the worst task's, too."""
     figure = _figure(6.2, 3.6)
     panel = figure.subplots()
-    of_several = [row for row in rows if row["original"].count("/") >= 1]
-    last = {}
-    for row in of_several:
-        last[row["share"], row["original"].count("/") + 1] = row  # the row after most steps comes last
-    for share, color in zip(sorted({share for share, _ in last}), (AFTER, GIVEN), strict=False):
-        counts = sorted(count for s, count in last if s == share)
-        for field, style in (("increase", "o-"), ("worst", "o:")):
-            values = [float(last[share, count][field]) for count in counts]
-            label = f"{share}, {'mean' if field == 'increase' else 'worst'} of the tasks"
-            panel.plot(counts, values, style, color=color, label=label)
-    panel.set_xlabel("networks zipped jointly")
+    last: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    for row in rows:
+        count = row["original"].count("/") + 1
+        if count > 1:  # the row after most steps comes last
+            last.setdefault((row["share"], row["method"]), {})[count] = row
+    shares, methods = (list(dict.fromkeys(key[at] for key in last)) for at in (0, 1))
+    for (share, method), found in last.items():
+        color = (AFTER, GIVEN)[shares.index(share) % 2]
+        counts = sorted(found)
+        how = "" if len(methods) == 1 else ", jointly" if method == "mtzip" else f", {method}"
+        for field, what in (("increase", "mean of the tasks"), ("worst", "worst of the tasks"))[: 3 - len(methods)]:
+            style = "o:" if field == "worst" else ("o-", "s--")[methods.index(method) % 2]
+            panel.plot(
+                counts, [float(found[c][field]) for c in counts], style, color=color, label=f"{share}{how}, {what}"
+            )
+    panel.set_xlabel("networks zipped")
     panel.set_ylabel("increase of the test error, points")
-    panel.set_xticks(sorted({count for _, count in last}))
+    panel.set_xticks(sorted({count for found in last.values() for count in found}))
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8)
     return figure
