@@ -61,9 +61,9 @@ def test_distances_of_awkward_sizes(session, dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("dtype, out", [("float32", ""), ("float64", ""), ("float64", "float32")])
 def test_distances_of_batches_and_slices(session, dtype, out, schedule):
-    """Float32, for three processors: 132 x 130 in large tiles, two each way; others in tiles of 32 x 32, 1600 columns of
-    them in slices and 1200 in two runs of a thread's. Else tiles are large from 6 of them on, of 256 columns each; 1200
-    and 1600 columns are shared out. 24 is 6 words a row."""
+    """Float32, for three processors: 132 x 130 in large tiles, two each way; others in tiles of 32 x 32, 1600 columns
+    of them in slices and 1200 in two runs of a thread's. Else tiles are large from 6 of them on, of 256 columns each;
+    1200 and 1600 columns are shared out. 24 is 6 words a row."""
     shapes = [(0, 3, 3, 3), (3, 19, 7, 24), (7, 5, 3, 24), (2, 3, 5, 1200), (1, 132, 130, 33), (1, 3, 5, 1600)]
     shapes += [(1, 111, 99, 111), (1, 111, 99, 112)]
     for batch, n, m, d in [*shapes, (2, 132, 130, 33)]:

@@ -1,8 +1,8 @@
 """python -m bench.paper.draw NAME FILE.csv PICTURE: the picture of an experiment's rows as the command wrote them.
 
 ``ablations`` draws the mean increase of every method, before and after retraining; ``several`` the increase of the mean
-and of the worst task against the number of networks, or of the mean for every method; ``layers`` the mean increase where
-every layer is zipped in turn.
+and of the worst task against the number of networks, or of the mean for every method; ``layers`` the mean increase
+where every layer is zipped in turn.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def ablations(rows: Rows) -> Figure:
 
 
 def several(rows: Rows) -> Figure:
-    """Mean increase against the number of networks, a line a share and method; with one method the worst task's, too."""
+    """Mean increase against the number of networks, a line a share and method; of one method the worst task's, too."""
     figure = _figure(6.2, 3.6)
     panel = figure.subplots()
     last: dict[tuple[str, str], dict[int, dict[str, str]]] = {}

@@ -117,7 +117,7 @@ struct Block {
     std::unique_ptr<char[]> shared;
     std::size_t shared_size = 0;
     std::vector<std::uint64_t> lanes[2];
-    std::unique_ptr<std::uint32_t[][6]> gathered[2];
+    std::unique_ptr<Fragment[]> gathered[2];
     bool vote[2] = {false, false};
 };
 
@@ -188,7 +188,7 @@ void run_blocks(const cudaLaunchConfig_t& config, unsigned first, unsigned last)
         std::memset(block->shared.get(), 0xff, block->shared_size);  // NaN
         ASAN_POISON_MEMORY_REGION(block->shared.get(), block->shared_size);
         for (auto& lanes : block->lanes) lanes.resize(size);
-        for (auto& lanes : block->gathered) lanes = std::make_unique<std::uint32_t[][6]>(size);
+        for (auto& lanes : block->gathered) lanes = std::make_unique<Fragment[]>(size);
         for (unsigned t = 0; t < size; ++t) {
             fibers.push_back(std::make_unique<Fiber>());
             Fiber* fiber = fibers.back().get();
@@ -281,7 +281,7 @@ std::uint64_t exchange(std::uint64_t value, int lane) {
     return lanes[self->index / kLanes * kLanes + lane];
 }
 
-const std::uint32_t (*gather(const std::uint32_t (&mine)[6]))[6] {
+const Fragment* gather(const Fragment& mine) {
     Fiber* self = now;
     const auto& lanes = self->block->gathered[self->gathers++ & 1];
     std::copy(mine, mine + 6, lanes[self->index]);

@@ -26,7 +26,8 @@ char* shared_piece(std::size_t at, std::size_t bytes);
 bool wait_block(bool value);  // whether any thread of the block came with true
 void wait_grid();
 std::uint64_t exchange(std::uint64_t value, int lane);  // that of this lane of the warp
-const std::uint32_t (*gather(const std::uint32_t (&mine)[6]))[6];  // of all lanes of the warp, until it does so once more
+using Fragment = std::uint32_t[6];
+const Fragment* gather(const Fragment& mine);  // of all lanes of the warp, until it does so once more
 void copy_start(void* to, const void* from, int bytes, int valid);
 void copy_commit();
 void copy_wait(int pending);

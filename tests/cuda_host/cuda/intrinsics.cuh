@@ -122,7 +122,7 @@ inline Tf32 split_tf32(float x) {
 // As the hardware does: 10 bits of fraction, products exact, their sum truncated.
 inline void multiply_add_tf32(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
                               std::uint32_t b0, std::uint32_t b1) {
-    const std::uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+    const cuda_host::Fragment mine = {a0, a1, a2, a3, b0, b1};
     const auto* lanes = cuda_host::gather(mine);
     const auto value = [&](int lane, int which) {
         const std::uint32_t bits = lanes[lane][which] & ~0x1fffu;
