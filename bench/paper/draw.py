@@ -75,6 +75,7 @@ def several(rows: Rows) -> Figure:
         count = row["original"].count("/") + 1
         if count > 1:  # the row after most steps comes last
             last.setdefault((row["share"], row["method"]), {})[count] = row
+    last = {key: found for key, found in last.items() if len(found) > 1}  # a line has two ends
     shares, methods = (list(dict.fromkeys(key[at] for key in last)) for at in (0, 1))
     for (share, method), found in last.items():
         color = (AFTER, GIVEN)[shares.index(share) % 2]
