@@ -73,10 +73,10 @@ def test_inverses_of_batches_and_weights(sized_session, schedule):
     assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6, abs=3e-7)  # what is left of 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_inverses_of_several_tiles_and_panels(driver, dtype):
+@pytest.mark.parametrize("dtype, tensor_cores", [("float32", True), ("float32", False), ("float64", True)])
+def test_inverses_of_several_tiles_and_panels(driver, dtype, tensor_cores):
     """Panels are of 64 vectors, rounds of 4 panels; tiles of 128 rows or 64. Rows of 261 and 131 are no whole words."""
-    session = host.Session(driver, LARGE)
+    session = host.Session(driver, LARGE, tensor_cores=tensor_cores)
     rng = np.random.default_rng(0)
     for number, (batch, d, k) in enumerate([(1, 261, 64), (1, 392, 5), (2, 131, 65), (2, 132, 150), (1, 200, 190)]):
         weight = rng.uniform(0.1, 2, (batch, k))
