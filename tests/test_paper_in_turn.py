@@ -137,3 +137,15 @@ def test_rows_say_what_is_not_zero_and_how_long_it_took(small, tmp_path):
     write_csv(rows, tmp_path / "rows.csv")
     draw.main(["layers", str(tmp_path / "rows.csv"), str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("methods, lines", [(("mtzip",), 2), (("mtzip", "one after another", "no substitution"), 3)])
+def test_a_picture_of_several_networks_has_a_line_a_method(methods, lines):
+    rows = [
+        {"share": "90%", "method": method, "original": " / ".join("1" * count), "increase": "1.5", "worst": "2.5"}
+        for method in methods
+        for count in (3, 4)
+    ]
+    (panel,) = draw.several(rows).axes
+    assert len(panel.lines) == lines
+    assert all(line.get_xdata().tolist() == [3, 4] for line in panel.lines)

@@ -81,11 +81,11 @@ def several(rows: Rows) -> Figure:
         color = (AFTER, GIVEN)[shares.index(share) % 2]
         counts = sorted(found)
         how = "" if len(methods) == 1 else ", jointly" if method == "mtzip" else f", {method}"
-        for field, what in (("increase", "mean of the tasks"), ("worst", "worst of the tasks"))[: 3 - len(methods)]:
-            style = "o:" if field == "worst" else ("o-", "s--")[methods.index(method) % 2]
-            panel.plot(
-                counts, [float(found[c][field]) for c in counts], style, color=color, label=f"{share}{how}, {what}"
-            )
+        for field in ("increase", "worst") if len(methods) == 1 else ("increase",):
+            values = [float(found[count][field]) for count in counts]
+            style = "o:" if field == "worst" else ("o-", "s--", "^-.")[methods.index(method) % 3]
+            what = "worst" if field == "worst" else "mean"
+            panel.plot(counts, values, style, color=color, label=f"{share}{how}, {what} of the tasks")
     panel.set_xlabel("networks zipped")
     panel.set_ylabel("increase of the test error, points")
     panel.set_xticks(sorted({count for found in last.values() for count in found}))
