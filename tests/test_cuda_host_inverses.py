@@ -55,7 +55,7 @@ def test_inverses_of_awkward_sizes(sized_session, dtype):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_inverses_of_batches_and_weights(sized_session, schedule):
+def test_inverses_of_batches_and_weights(sized_session, schedule, request):
     rng = np.random.default_rng(0)
     for batch, d, k in [(0, 19, 3), (7, 5, 20), (3, 33, 70), (1, 300, 2)]:  # 300: two slices
         weight = rng.uniform(0.1, 2, (batch, k))
@@ -70,7 +70,9 @@ def test_inverses_of_batches_and_weights(sized_session, schedule):
     vectors[0, :, 0] = 2, 3
     inverse = np.eye(4, dtype=np.float32)[None]
     got, status = host.sherman_morrison(sized_session, inverse, vectors, np.array([[-1.0, 1]]))
-    assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6, abs=3e-7)  # what is left of 1
+    way = request.node.callspec.params["sized_session"]
+    bound = {"abs": 3e-7} if way == "tensor" else {}  # of the 1 that 1 / 6 is left of, as products have 21 bits there
+    assert not status.any() and got[0, 0, 0] == pytest.approx(1 / 6, **bound)
 
 
 @pytest.mark.parametrize("dtype, tensor_cores", [("float32", True), ("float32", False), ("float64", True)])
