@@ -38,6 +38,7 @@ class Case:
         rate: peak learning rate where a network is trained from scratch.
         seeds: of calibration images, retraining, and initial weights.
         keep_zeros: as :func:`mtzip.zip_networks` takes it.
+        reconstructions: likewise; 0 suits retraining that imitates features.
         every: steps of retraining between looks at the test error, until it has recovered; 0 for none.
     """
 
@@ -57,6 +58,7 @@ class Case:
     rate: float = 0.05
     seeds: tuple[int, ...] = field(default=(0,))
     keep_zeros: bool | str = False
+    reconstructions: int = 1
     every: int = 0
 
     def images(self, seed: int) -> dict[str, Tensor]:

@@ -48,10 +48,9 @@ def zipped(
     """Zipping with settings of :func:`mtzip.zip_networks`, in a context of :mod:`bench.paper.ablated`."""
 
     def make(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
+        usual = {"keep_zeros": case.keep_zeros, "reconstructions": case.reconstructions}
         with without():
-            return mtzip.zip_networks(
-                case.networks, images, share=case.share, **{"keep_zeros": case.keep_zeros, **settings}
-            )
+            return mtzip.zip_networks(case.networks, images, share=case.share, **{**usual, **settings})
 
     return make
 
@@ -72,6 +71,7 @@ def one_after_another(case: Case, images: Images, seed: int) -> mtzip.ZippedNetw
         {name: images[name] for name in names[:2]},
         share=case.share,
         keep_moments=True,
+        reconstructions=case.reconstructions,
     )
     for name in names[2:]:
         result = mtzip.add_network(result, name, case.networks[name], images[name], share=case.share)
@@ -185,6 +185,8 @@ ZEROS = ("zeros counted", "zeros lost")
 RETRAINING = ("no distillation", "features too", "outputs only")
 BASELINES = ("originals", "mtzip", "average", "permuted", "from scratch", "pruned")
 ABLATIONS = tuple(name for name in METHODS if name not in (*BASELINES, *PLANNING, *ZEROS, MERGED, CHAIN))
+#: For cases that zip without it.
+METHODS["substitution"] = Method(zipped(reconstructions=1))
 #: What is imitated, and the ablation that changes nothing where it is.
 _IDLE = {"outputs": "outputs only", "both": "features too"}
 
