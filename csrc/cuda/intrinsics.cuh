@@ -78,9 +78,23 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Stores 16 bytes to global memory at once: of a structure, the compiler makes four stores.
+__device__ __forceinline__ void store_words(float* global, float a, float b, float c, float d) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // Brings the 128 bytes around `global` nearer: no more than a hint.
 __device__ __forceinline__ void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// The same of a run of bytes, where a GPU does that in the background.
+__device__ __forceinline__ void prefetch_run(const void* global, unsigned bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned before = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(global)) % 16;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(global) - before),
+                 "r"((bytes + before) / 16 * 16));
+#endif
 }
 
 __device__ __forceinline__ void sync_block() {

@@ -133,26 +133,6 @@ __global__ void add_slices_kernel(Large<T> w) {
     }
 }
 
-// Tiles of the upper triangle: in row i those from Step i on, of `columns`. Row i is followed by row rows - 1 - i, so that
-// both together are of the same number.
-template <int Step>
-struct Triangle {
-    Index rows, columns, both;
-    __host__ __device__ explicit Triangle(Index d, int tall)
-        : rows(ceil_div(d, tall)), columns(ceil_div(d, K)), both(2 * columns - Step * (rows - 1)) {}
-    __host__ __device__ Index count() const { return (rows + 1) / 2 * both; }
-    // False for what a middle row that stands alone lacks.
-    __device__ __forceinline__ bool at(Index e, Index& i, Index& j) const {
-        i = e / both;
-        j = e % both + Step * i;
-        if (j < columns) return true;
-        j -= columns;
-        const bool apart = 2 * i != rows - 1;
-        i = rows - 1 - i;
-        j += Step * i;
-        return apart;
-    }
-};
 template <class T>
 using Tiles = Triangle<Large<T>::Tall::kRows / K>;
 
@@ -228,28 +208,42 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     }
 }
 
+template <class T>
+cudaError_t multiply_all(const Large<T>& w, int panels, bool words, Queue queue) {
+    if constexpr (sizeof(T) == 4) {
+        if (w.tensor) return multiply_on_tensor_cores(w, panels, words, queue);
+    }
+    using P = typename Large<T>::Tall;
+    const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
+    return launch_in_turn(multiply, w.g.batch * w.across * w.slices * panels, P::kThreads, P::bytes(), queue, w,
+                          panels);
+}
+
+template <class T>
+cudaError_t update_all(const Large<T>& w, int panels, bool words, Queue queue) {
+    if constexpr (sizeof(T) == 4) {
+        if (w.tensor) return update_on_tensor_cores(w, panels, words, queue);
+    }
+    using P = typename Large<T>::Tall;
+    const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
+    const Index count = w.g.batch * Tiles<T>(w.g.d, P::kRows).count();
+    return launch_in_turn(update, count, P::kThreads, P::bytes(), queue, w, panels);
+}
+
 // Vectors first ... of a round.
 template <class T>
 cudaError_t update_round(const Large<T>& w, Index first, bool words, void* stream) {
     const Queue ahead{stream, Start::ahead};
     const ShermanMorrisonArgs& g = w.g;
     const int panels = int(smaller(w.panels, ceil_div(g.k - first, K)));
-    const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
-    const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
-    using Tall = typename Large<T>::Tall;
-    const std::size_t tall = Tall::bytes();
     const Index parts = ceil_div(w.pitch, kScaled);
     cudaError_t error =
         launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, ahead, w, first, panels);
-    if (error == cudaSuccess)
-        error =
-            launch_in_turn(multiply, g.batch * w.across * w.slices * panels, Tall::kThreads, tall, ahead, w, panels);
+    if (error == cudaSuccess) error = multiply_all(w, panels, words, ahead);
     if (error == cudaSuccess && w.slices > 1)
         error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, ahead, w);
     for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) error = solve_panel(w, panel, panels, ahead);
-    if (error != cudaSuccess) return error;
-    const Index count = g.batch * Tiles<T>(g.d, Tall::kRows).count();
-    return launch_in_turn(update, count, Tall::kThreads, tall, ahead, w, panels);
+    return error == cudaSuccess ? update_all(w, panels, words, ahead) : error;
 }
 
 }  // namespace

@@ -1,0 +1,130 @@
+// The two products of a round of large inverses on tensor cores, of float32: see cuda/sherman_morrison_large.cu.
+#include "cuda/sherman_morrison_large_tensor.cuh"
+
+namespace mtz::cuda {
+namespace {
+
+using Wide = TensorPanel<kTensorRows / 32, MTZ_MULTIPLY_DEPTH, MTZ_MULTIPLY_STAGES>;  // for V
+using Square = TensorPanel<2, 32, 2>;                                                 // for the update
+using Tiles = Triangle<1>;
+static_assert(Square::kRows == K && kSliceStep % Wide::kDepth == 0);
+
+// partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[i, j]
+template <bool Words>
+__global__ void __launch_bounds__(Wide::kThreads, MTZ_MULTIPLY_RESIDENT)
+    multiply_kernel(Index first_block, Large<float> w, int panels) {
+    if (!kTensorCores) return;
+    SharedMemory memory;
+    const Wide shared(memory);
+    const ShermanMorrisonArgs& g = w.g;
+    const Index block = first_block + blockIdx.x, panel = block % panels, tile = block / panels;
+    const Index p = tile / (w.across * w.slices), slice = tile / w.across % w.slices;
+    const Index j0 = tile % w.across * Wide::kRows, first = slice * w.length;
+    float sum[4][K / 4] = {};
+    const bool any =
+        add_product(TensorAcross<Wide, Words>(w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
+                                              smaller(Wide::kRows, g.d - j0)),
+                    TensorAlong<Wide>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch),
+                    int(smaller(w.length, g.d - first)), Words && j0 + Wide::kRows <= g.d, shared, sum, [&] {
+                        wait_for_launch();  // which has no part in the matrix, nor have those before it
+                        return !w.skipped(p);
+                    });
+    if (!any) return copy_async_wait<0>();
+    float* to = w.partial + ((slice * g.batch + p) * w.side + panel * K) * w.pitch + j0 + Wide::row();
+    if (j0 + Wide::row() >= w.pitch) return;
+#pragma unroll
+    for (int c = 0; c < K / 4; ++c)
+        store_words(to + (Wide::column(c / 4) + c % 4) * w.pitch, sum[0][c], sum[1][c], sum[2][c], sum[3][c]);
+}
+
+// A^-1 -= V^T D V in tiles of the upper triangle, and their mirror images.
+template <bool Words>
+__global__ void __launch_bounds__(Square::kThreads, MTZ_UPDATE_RESIDENT)
+    update_kernel(Index first_block, Large<float> w, int panels) {
+    if (!kTensorCores) return;
+    SharedMemory memory;
+    const Square shared(memory);
+    const ShermanMorrisonArgs& g = w.g;
+    const Tiles tiles(g.d, K);
+    const Index block = first_block + blockIdx.x, p = block / tiles.count();
+    Index i0, j0;
+    const bool any = tiles.at(block % tiles.count(), i0, j0);
+    i0 *= K;
+    j0 *= K;
+    float* matrix = w.inverse(p);
+    const Index row = g.inverse_row_stride;
+    constexpr int line = 32;
+    for (int e = int(threadIdx.x); e < K * K / line; e += Square::kThreads) {
+        const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
+        if (any && i < g.d && j < g.d) prefetch(matrix + i * row + j);
+    }
+    wait_for_launch();
+    if (!any || w.skipped(p)) return;
+    float sum[4][K / 4] = {};
+    add_product(TensorAcross<Square, true>(w.minus + p * w.side * w.pitch + i0, w.pitch, smaller(K, w.pitch - i0)),
+                TensorAlong<Square>(w.vt + (p * g.d + j0) * w.side, w.side), panels * K, i0 + K <= w.pitch, shared, sum,
+                [] { return true; });
+    const Index i = i0 + Square::row();
+    bool whole[4];
+    Four<float> old[4][4];  // all on their way at once
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const Index j = j0 + Square::column(c);
+        whole[c] = Words && i < j && j + 4 <= g.d;
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            if (whole[c]) old[c][r] = load_four(matrix + (i + r) * row + j);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const Index j = j0 + Square::column(c);
+        if (whole[c]) {
+            float *from = matrix + i * row + j, *mirror = matrix + j * row + i;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+#pragma unroll
+                for (int f = 0; f < 4; ++f) old[c][r].at[f] += sum[r][4 * c + f];
+                const float* to = old[c][r].at;
+                store_words(from + r * row, to[0], to[1], to[2], to[3]);
+            }
+#pragma unroll
+            for (int f = 0; f < 4; ++f)
+                store_words(mirror + f * row, old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]);
+        } else if (i <= j) {  // at the diagonal and at the end, one by one
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+#pragma unroll
+                for (int f = 0; f < 4; ++f)
+                    if (i + r <= j + f && j + f < g.d) {
+                        const float value = matrix[(i + r) * row + j + f] + sum[r][4 * c + f];
+                        matrix[(i + r) * row + j + f] = value;
+                        matrix[(j + f) * row + i + r] = value;
+                    }
+        }
+    }
+}
+
+}  // namespace
+
+bool has_fast_tensor_cores() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+        return false;
+    return major == 10 || ((major == 8 || major == 9) && minor == 0);
+}
+
+cudaError_t multiply_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue) {
+    const auto multiply = words ? multiply_kernel<true> : multiply_kernel<false>;
+    return launch_in_turn(multiply, w.g.batch * w.across * w.slices * panels, Wide::kThreads, Wide::bytes(), queue, w,
+                          panels);
+}
+
+cudaError_t update_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue) {
+    const auto update = words ? update_kernel<true> : update_kernel<false>;
+    return launch_in_turn(update, w.g.batch * Tiles(w.g.d, K).count(), Square::kThreads, Square::bytes(), queue, w,
+                          panels);
+}
+
+}  // namespace mtz::cuda
