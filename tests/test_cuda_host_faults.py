@@ -78,6 +78,7 @@ def check_taken_out_first(session, d, schedule):
 def probe_large_inverses(session, schedule):
     check_update(session, 2, 99, 3, "float32", schedule)
     check_update(session, 1, 300, 20, "float32", schedule)
+    check_update(session, 1, 160, 3, "float32", schedule)  # the last rows are a whole piece
     check_update(session, 1, 130, 120, "float32", schedule)
     check_update(session, 1, 200, 190, "float32", schedule)
     check_update(session, 1, 130, 120, "float64", schedule)
@@ -87,7 +88,11 @@ def probe_large_inverses(session, schedule):
     expected = afresh(inverse, vectors, weight)
     assert not status.any()
     assert_within(got, expected, 2e-5, np.abs(expected).max())
-    # the second matrix fails in the last of several rounds
+    # the second matrix fails, in the only round and in the last of several
+    inverse, vectors, weight = damped_inverse(2, 70), normal(2, 20, 70, seed=1), np.ones((2, 20))
+    weight[1, 19] = -100
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    assert status.tolist() == [0, 1] and np.array_equal(got[1], inverse[1])
     inverse, vectors, weight = damped_inverse(2, 70), normal(2, 70, 70, seed=1), np.ones((2, 70))
     weight[1, 69] = -100
     got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
@@ -97,6 +102,14 @@ def probe_large_inverses(session, schedule):
 
 
 probe_large_inverses.shared_memory = LARGE
+
+
+def probe_plain_large_inverses(session, schedule):
+    probe_large_inverses(session, schedule)
+
+
+probe_plain_large_inverses.shared_memory = LARGE
+probe_plain_large_inverses.tensor_cores = False
 
 
 def probe_matching(session, schedule):
@@ -129,6 +142,7 @@ INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part i
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
 PIVOTS = "pivots.cuh"
 LARGE_PRODUCT, LARGE_PANELS = (f"sherman_morrison_large{part}" for part in (".cuh", "_panels.cu"))
+LARGE_TENSOR, LARGE_TENSOR_KERNELS = (f"sherman_morrison_large_tensor.{kind}" for kind in ("cuh", "cu"))
 SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
 CLEARING = "look(w, false); if (first == 0) w.rounds[round ^ 1] = 0;"
@@ -265,31 +279,57 @@ FAULTS = {
         "beyond the end": (TENSOR_STEPS, "if («above < 0 || i0 + i >= side || j0 + j >= side») continue;", "above < 0"),
     },
     probe_large_inverses: {
-        "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),
-        "copies not waited for": (LARGE_PRODUCT, "«copy_async_wait<1>();»", "copy_async_wait<2>();"),
-        "the next piece over one in use": (LARGE_PRODUCT, "kDepth, «(piece + 2) % P::kStages»)", "piece % P::kStages"),
-        "one row too many": (LARGE_PRODUCT, "«int(y) < count - k - e * down» ?", "int(y) <= count - k - e * down"),
-        "one column too many": (LARGE_PRODUCT, "left = «columns - int(column)»,", "columns - int(column) + 1"),
-        "rows in another slot": (LARGE_PRODUCT, ": («j / 4 % 8» +", "j % 8"),
-        "steps of another lane": (LARGE_PRODUCT, "place_a(«4 * t», row())", "4 * (t ^ 1)"),
-        "without the small parts": (LARGE_PRODUCT, "«multiply(&Tf32::low, &Tf32::high);»", ""),
-        "sums in another row": (LARGE_PRODUCT, "sum[r + «e / 2»]", "e % 2"),
-        "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel", "true"),
-        "unaligned rows are written as words": (LARGE_INVERSES, "«words» ? update_kernel", "true"),
+        "copies not waited for": (LARGE_TENSOR, "«copy_async_wait<P::kStages - 1>();»", ""),
+        "no barrier before the first piece is used": (LARGE_TENSOR, "«sync_block();»  // the first piece", ""),
+        "the next copies not waited for": (
+            LARGE_TENSOR,
+            "«copy_async_wait<P::kStages - 2>();»",
+            "copy_async_wait<P::kStages - 1>();",
+        ),
+        "no barrier before a piece is used": (LARGE_TENSOR, "«sync_block();»  // the next piece", ""),
+        "the next piece over one in use": (
+            LARGE_TENSOR,
+            "start(a, left, shared.a + «stage» * P::kSizeA);\n                start(b",
+            "(stage + 1) % P::kStages",
+        ),
+        "stages are not used again": (LARGE_TENSOR, "stage = «stage + 1 == P::kStages» ?", "false"),
+        "a stage too many": (LARGE_TENSOR, "left = count - «P::kStages * P::kDepth»;", "(P::kStages - 1) * P::kDepth"),
+        "one row too many": (LARGE_TENSOR, ": «y + step(e) < left» ?", "y + step(e) <= left"),
+        "one column too many": (LARGE_TENSOR, "left = «columns - x»;", "columns - x + 1"),
+        "one word too many": (LARGE_TENSOR, "Whole || «x < left» ?", "x <= left"),
+        "the last piece as a whole one": (LARGE_TENSOR, "if («whole && left >= P::kDepth»)", "whole && left > 0"),
+        "the last columns as whole ones": (LARGE_TENSOR_KERNELS, "Words && «j0 + Wide::kRows <= g.d»,", "true"),
+        "rows in another slot": (LARGE_TENSOR, "return Words ? «e % 4 + e / 4 * 16» : e;", "e"),
+        "rows of b in another slot": (LARGE_TENSOR, "to + place + «e * kDown * P::kDepth»,", "e * P::kDepth"),
+        "steps of another lane": (LARGE_TENSOR, "place_a(«threadIdx.x % 4 * 4», row())", "threadIdx.x % 4 * 4 ^ 4"),
+        "the first steps again": (LARGE_TENSOR, "shared.load_b(stage, «next / parts * 16»,", "0"),
+        "without the small parts": (LARGE_TENSOR, "«multiply(&Tf32::low, &Tf32::high);»", ""),
+        "sums in another row": (LARGE_TENSOR, "sum[2 * m + «e / 2»]", "e % 2"),
+        "a failed matrix is worked on": (LARGE_TENSOR_KERNELS, "if («!any || w.skipped(p)») return;", "!any"),
+        "unaligned rows are taken for words": (LARGE_TENSOR_KERNELS, "«words» ? multiply_kernel", "true"),
+        "unaligned rows are written as words": (LARGE_TENSOR_KERNELS, "«words» ? update_kernel", "true"),
+        "below the diagonal as well": (LARGE_TENSOR_KERNELS, "if («i + r <= j + f» &&", "true"),
+        "columns beyond the end are written": (LARGE_TENSOR_KERNELS, "«j + f < g.d») {", "true"),
+        "no mirror image": (
+            LARGE_TENSOR_KERNELS,
+            "«store_words(mirror + f * row, old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]);»",
+            "",
+        ),
         "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
-        "the last rows are left out": (LARGE_INVERSES, "smaller(w.length, «g.d - first»)", "(g.d - first) / 4 * 4"),
+        "the last rows are left out": (
+            LARGE_TENSOR_KERNELS,
+            "smaller(w.length, «g.d - first»)",
+            "(g.d - first) / 4 * 4",
+        ),
         "half of a warp is not counted": (
             LARGE_INVERSES,
             "int mask = «kWarp / 2»; mask > 0; mask /= 2) {",
             "kWarp / 4",
         ),
         "two vectors in one place": (LARGE_INVERSES, "before += «positive && i < q»", "positive && i <= q && q > 0"),
-        "the middle row of tiles twice": (LARGE_INVERSES, "apart = «2 * i != rows - 1»;", "true"),
-        "below the diagonal as well": (LARGE_INVERSES, "if («i + r <= j + f» &&", "true"),
-        "columns beyond the end are written": (LARGE_INVERSES, "«j + f < g.d») {", "true"),
-        "no mirror image": (LARGE_INVERSES, "«*reinterpret_cast<Four<T>*>(mirror + f * row) = turned;»", "void();"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "half of a warp is not summed": (LARGE_PANELS, "int mask = «kWarp / 2»", "kWarp / 4"),
+        "half of a warp is not summed": (LARGE_PANELS, "for (int half = «8»; half > 0", "4"),
+        "another sum of a lane": (LARGE_PANELS, "kept = «upper ? high : low»;", "low"),
         "one chunk is not added up": (LARGE_PANELS, "«chunk < chunks»; ++chunk", "chunk < chunks - 1"),
         "V is not waited for": (LARGE_PANELS, "«copy_async_wait<0>();»", ""),
         "no barrier before V is used": (LARGE_PANELS, "«sync_block();»  // V is there", ""),
@@ -308,6 +348,21 @@ FAULTS = {
         "signs are not looked at": (PIVOTS, "other[k] *= «sign[m * kBlock + k]»;", "T(1)"),
         "S is not taken away": (PIVOTS, "(«j == m» ? T(0)", "false"),
         "no barrier before panels are coupled": (LARGE_PANELS, "«sync_block();»  // S and X^T D V", ""),
+    },
+    probe_plain_large_inverses: {
+        "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),
+        "copies not waited for": (LARGE_PRODUCT, "«copy_async_wait<1>();»", "copy_async_wait<2>();"),
+        "the next piece over one in use": (LARGE_PRODUCT, "kDepth, «(piece + 2) % P::kStages»)", "piece % P::kStages"),
+        "one row too many": (LARGE_PRODUCT, "«int(y) < count - k - e * down» ?", "int(y) <= count - k - e * down"),
+        "one column too many": (LARGE_PRODUCT, "left = «columns - int(column)»,", "columns - int(column) + 1"),
+        "rows in another slot": (LARGE_PRODUCT, "return («j / 4 % 8» +", "j % 8"),
+        "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel", "true"),
+        "unaligned rows are written as words": (LARGE_INVERSES, "«words» ? update_kernel", "true"),
+        "the middle row of tiles twice": (LARGE_PRODUCT, "apart = «2 * i != rows - 1»;", "true"),
+        "below the diagonal as well": (LARGE_INVERSES, "if («i + r <= j + f» &&", "true"),
+        "columns beyond the end are written": (LARGE_INVERSES, "«j + f < g.d») {", "true"),
+        "no mirror image": (LARGE_INVERSES, "«*reinterpret_cast<Four<T>*>(mirror + f * row) = turned;»", "void();"),
+        "the last rows are left out": (LARGE_INVERSES, "smaller(w.length, «g.d - first»)", "(g.d - first) / 4 * 4"),
     },
     probe_matching: {
         "no barrier in a turned tile": (MATCHING, "«sync_block();»" + READING, ""),

@@ -50,15 +50,19 @@ __global__ void __launch_bounds__(kPanelThreads, 1) small_product_kernel(Large<T
             }
         }
         T* to = w.s + ((p * w.panels + b) * w.chunks + chunk) * K * K + q * K + r;
+        // sums of all lanes: in each step a lane keeps half of its sums, and its partner the others
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int half = 8; half > 0; half /= 2) {
+            const bool upper = lane & 2 * half;
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                T total = sum[i][c];
-#pragma unroll
-                for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-                if (lane == 0) to[i * K + c] = total;
+            for (int i = 0; i < half; ++i) {
+                T &low = sum[i / 4][i % 4], &high = sum[(i + half) / 4][(i + half) % 4];
+                const T sent = upper ? low : high, kept = upper ? high : low;
+                low = kept + shuffle_xor(sent, 2 * half);
             }
+        }
+        const T total = sum[0][0] + shuffle_xor(sum[0][0], 1);
+        if (lane % 2 == 0) to[lane / 8 * K + lane / 2 % 4] = total;
     }
 }
 

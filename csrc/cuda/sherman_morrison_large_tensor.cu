@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Wide::kThreads, MTZ_MULTIPLY_RESIDENT)
                                               smaller(Wide::kRows, g.d - j0)),
                     TensorAlong<Wide>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch),
                     int(smaller(w.length, g.d - first)), Words && j0 + Wide::kRows <= g.d, shared, sum, [&] {
-                        wait_for_launch();  // which has no part in the matrix, nor have those before it
+                        wait_for_launch();  // neither it nor any before it that has not ended writes the matrix
                         return !w.skipped(p);
                     });
     if (!any) return copy_async_wait<0>();
