@@ -21,14 +21,14 @@ __global__ void __launch_bounds__(Wide::kThreads, MTZ_MULTIPLY_RESIDENT)
     const Index p = tile / (w.across * w.slices), slice = tile / w.across % w.slices;
     const Index j0 = tile % w.across * Wide::kRows, first = slice * w.length;
     float sum[4][K / 4] = {};
-    const bool any =
-        add_product(TensorAcross<Wide, Words>(w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
-                                              smaller(Wide::kRows, g.d - j0)),
-                    TensorAlong<Wide>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch),
-                    int(smaller(w.length, g.d - first)), Words && j0 + Wide::kRows <= g.d, shared, sum, [&] {
-                        wait_for_launch();  // neither it nor any before it that has not ended writes the matrix
-                        return !w.skipped(p);
-                    });
+    const bool any = add_product(
+        TensorAcross<Wide, Words>(w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
+                                  smaller(Wide::kRows, g.d - j0)),
+        TensorAlong<Wide>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch),
+        int(smaller(w.length, g.d - first)), !Words || j0 + Wide::kRows <= g.d || g.d % 4 == 0, shared, sum, [&] {
+            wait_for_launch();  // neither it nor any before it that has not ended writes the matrix
+            return !w.skipped(p);
+        });
     if (!any) return copy_async_wait<0>();
     float* to = w.partial + ((slice * g.batch + p) * w.side + panel * K) * w.pitch + j0 + Wide::row();
     if (j0 + Wide::row() >= w.pitch) return;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Square::kThreads, MTZ_UPDATE_RESIDENT)
     if (!any || w.skipped(p)) return;
     float sum[4][K / 4] = {};
     add_product(TensorAcross<Square, true>(w.minus + p * w.side * w.pitch + i0, w.pitch, smaller(K, w.pitch - i0)),
-                TensorAlong<Square>(w.vt + (p * g.d + j0) * w.side, w.side), panels * K, i0 + K <= w.pitch, shared, sum,
+                TensorAlong<Square>(w.vt + (p * g.d + j0) * w.side, w.side), panels * K, true, shared, sum,
                 [] { return true; });
     const Index i = i0 + Square::row();
     bool whole[4];

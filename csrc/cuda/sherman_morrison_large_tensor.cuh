@@ -114,7 +114,7 @@ struct TensorAcross {
         from = data + (valid ? x : 0) + y * row_stride;
         place = P::place_a(y, x);
     }
-    // Whole: all rows, and all columns of all threads
+    // Whole: all rows, and no word is cut off; words that are not there are the first one again.
     template <bool Whole>
     __device__ __forceinline__ void start(int left, float* to) {
         constexpr int size = kWide * int(sizeof(float));
@@ -154,7 +154,7 @@ struct TensorAlong {
     }
 };
 
-// sum += the first `count` rows of a by as many columns of b, in pieces; whole: all of a's columns are there. Elements of b up
+// sum += the first `count` rows of a by as many columns of b, in pieces; whole: no word of a is cut off. Elements of b up
 // to the next whole word are read, and must be finite. What comes first of a is on its way before ready() is asked whether
 // to go on, and b after that.
 template <class P, class A, class B, class Ready>
