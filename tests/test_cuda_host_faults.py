@@ -150,6 +150,7 @@ INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part i
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
 PIVOTS = "pivots.cuh"
 LARGE_PRODUCT, LARGE_PANELS = (f"sherman_morrison_large{part}" for part in (".cuh", "_panels.cu"))
+LARGE_TILES = "sherman_morrison_large_tiles.cuh"
 LARGE_TENSOR, LARGE_TENSOR_KERNELS = (f"sherman_morrison_large_tensor.{kind}" for kind in ("cuh", "cu"))
 SMALL_STEPS = "sherman_morrison_small.cuh"
 READING = "\n        for (int r = y; r < kSide; r += kThreads / kSide) {\n            const Index i = i0 + x"
@@ -316,13 +317,9 @@ FAULTS = {
         "a failed matrix is worked on": (LARGE_TENSOR_KERNELS, "if («!any || w.skipped(p)») return;", "!any"),
         "unaligned rows are taken for words": (LARGE_TENSOR_KERNELS, "«words» ? multiply_kernel", "true"),
         "unaligned rows are written as words": (LARGE_TENSOR_KERNELS, "«words» ? update_kernel", "true"),
-        "below the diagonal as well": (LARGE_TENSOR_KERNELS, "if («i + r <= j + f» &&", "true"),
-        "columns beyond the end are written": (LARGE_TENSOR_KERNELS, "«j + f < g.d») {", "true"),
-        "no mirror image": (
-            LARGE_TENSOR_KERNELS,
-            "«store_words(mirror + f * row, old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]);»",
-            "",
-        ),
+        "below the diagonal as well": (LARGE_TILES, "if («i + r <= j + e» &&", "true"),
+        "columns beyond the end are written": (LARGE_TILES, "«j + e < d») f(r, e)", "true"),
+        "no mirror image": (LARGE_TILES, "«store_global(mirror + e * row, turned);»", ""),
         "one slice is not added up": (LARGE_INVERSES, "«slice < w.slices»; ++slice", "slice < w.slices - 1"),
         "the last rows are left out": (
             LARGE_TENSOR_KERNELS,
@@ -366,10 +363,7 @@ FAULTS = {
         "rows in another slot": (LARGE_PRODUCT, "return («j / 4 % 8» +", "j % 8"),
         "unaligned rows are taken for words": (LARGE_INVERSES, "«words» ? multiply_kernel", "true"),
         "unaligned rows are written as words": (LARGE_INVERSES, "«words» ? update_kernel", "true"),
-        "the middle row of tiles twice": (LARGE_PRODUCT, "apart = «2 * i != rows - 1»;", "true"),
-        "below the diagonal as well": (LARGE_INVERSES, "if («i + r <= j + f» &&", "true"),
-        "columns beyond the end are written": (LARGE_INVERSES, "«j + f < g.d») {", "true"),
-        "no mirror image": (LARGE_INVERSES, "«*reinterpret_cast<Four<T>*>(mirror + f * row) = turned;»", "void();"),
+        "the middle row of tiles twice": (LARGE_TILES, "apart = «2 * i != rows - 1»;", "true"),
         "the last rows are left out": (LARGE_INVERSES, "smaller(w.length, «g.d - first»)", "(g.d - first) / 4 * 4"),
     },
     probe_matching: {

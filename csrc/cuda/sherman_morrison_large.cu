@@ -11,7 +11,7 @@
 //
 // Whether a round may be put in is known before anything is written. A later one may still fail, so with more than one a
 // copy is kept, and put back where it did.
-#include "cuda/sherman_morrison_large.cuh"
+#include "cuda/sherman_morrison_large_tiles.cuh"
 
 namespace mtz::cuda {
 namespace {
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     if (j0 + j >= w.pitch) return;
 #pragma unroll
     for (int c = 0; c < P::kColumns; ++c) {
-        const Four<T> four{{sum[0][c], sum[1][c], sum[2][c], sum[3][c]}};
-        *reinterpret_cast<Four<T>*>(to + (P::column(c / 4) + c % 4) * w.pitch + j) = four;
+        const T four[4] = {sum[0][c], sum[1][c], sum[2][c], sum[3][c]};
+        store_global(to + (P::column(c / 4) + c % 4) * w.pitch + j, four);
     }
 }
 
@@ -156,56 +156,12 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
         return any;
     };
     if (!find(int(blockIdx.x)) || w.skipped(p)) return;
-    constexpr int line = 128 / sizeof(T);
-    for (int e = int(threadIdx.x); e < P::kRows * K / line; e += P::kThreads) {
-        const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
-        if (i < g.d && j < g.d) prefetch(w.inverse(p) + i * g.inverse_row_stride + j);
-    }
+    prefetch_tile<P>(w.inverse(p), g.inverse_row_stride, g.d, i0, j0);
     T sum[4][P::kColumns] = {};
     add_product(Across<T, true>{w.minus + p * w.side * w.pitch + i0, w.pitch, int(smaller(P::kRows, w.pitch - i0))},
                 Along<T>{w.vt + (p * g.d + j0) * w.side, w.side, int(smaller(K, g.d - j0))}, panels * K, shared, sum);
     find(recomputed(int(blockIdx.x), panels));
-    T* matrix = w.inverse(p);
-    const Index i = i0 + P::row(), row = g.inverse_row_stride;
-    constexpr int parts = P::kColumns / 4;
-    bool whole[parts];
-    Four<T> old[parts][4];  // all on their way at once
-#pragma unroll
-    for (int c = 0; c < parts; ++c) {
-        const Index j = j0 + P::column(c);
-        whole[c] = Words && i < j && j + 4 <= g.d;
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-            if (whole[c]) old[c][r] = load_four(matrix + (i + r) * row + j);
-    }
-#pragma unroll
-    for (int c = 0; c < parts; ++c) {
-        const Index j = j0 + P::column(c);
-        if (whole[c]) {
-            T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-#pragma unroll
-                for (int f = 0; f < 4; ++f) old[c][r].at[f] += sum[r][4 * c + f];
-                *reinterpret_cast<Four<T>*>(from + r * row) = old[c][r];
-            }
-#pragma unroll
-            for (int f = 0; f < 4; ++f) {
-                const Four<T> turned{{old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]}};
-                *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
-            }
-        } else if (i <= j) {  // at the diagonal and at the end, one by one
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-#pragma unroll
-                for (int f = 0; f < 4; ++f)
-                    if (i + r <= j + f && j + f < g.d) {
-                        const T value = matrix[(i + r) * row + j + f] + sum[r][4 * c + f];
-                        matrix[(i + r) * row + j + f] = value;
-                        matrix[(j + f) * row + i + r] = value;
-                    }
-        }
-    }
+    add_to_matrix<Words, P>(w.inverse(p), g.inverse_row_stride, g.d, i0, j0, sum);
 }
 
 template <class T>

@@ -207,26 +207,15 @@ __device__ __forceinline__ Index item_step() {
     return Index(gridDim.x) * blockDim.x;
 }
 
-// Tiles of the upper triangle: in row i those from Step i on, of `columns`. Row i is followed by row rows - 1 - i, so that
-// both together are of the same number.
-template <int Step>
-struct Triangle {
-    Index rows, columns, both;
-    __host__ __device__ explicit Triangle(Index d, int tall)
-        : rows(ceil_div(d, tall)), columns(ceil_div(d, K)), both(2 * columns - Step * (rows - 1)) {}
-    __host__ __device__ Index count() const { return (rows + 1) / 2 * both; }
-    // False for what a middle row that stands alone lacks.
-    __device__ __forceinline__ bool at(Index e, Index& i, Index& j) const {
-        i = e / both;
-        j = e % both + Step * i;
-        if (j < columns) return true;
-        j -= columns;
-        const bool apart = 2 * i != rows - 1;
-        i = rows - 1 - i;
-        j += Step * i;
-        return apart;
-    }
-};
+// Four elements to global memory, of words.
+template <class T>
+__device__ __forceinline__ void store_global(T* to, const T (&values)[4]) {
+    if constexpr (sizeof(T) == 4)
+        store_words(to, values[0], values[1], values[2], values[3]);
+    else
+        store_four(to, values);
+}
+
 // The two products of a round on tensor cores.
 cudaError_t multiply_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue);
 cudaError_t update_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue);

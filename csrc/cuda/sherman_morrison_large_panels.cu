@@ -176,12 +176,8 @@ struct Columns {
 #pragma unroll
             for (int r = 0; r < 4; ++r) minus[r * w.pitch + c] = -pivots.sign[row + r] * sum[r][c];
             if (j0 + column + c >= w.g.d) continue;
-            if constexpr (sizeof(T) == 4) {
-                store_words(turned + c * w.side, sum[0][c], sum[1][c], sum[2][c], sum[3][c]);
-            } else {
-                const T four[4] = {sum[0][c], sum[1][c], sum[2][c], sum[3][c]};
-                store_four(turned + c * w.side, four);
-            }
+            const T four[4] = {sum[0][c], sum[1][c], sum[2][c], sum[3][c]};
+            store_global(turned + c * w.side, four);
         }
     }
     // What the diagonal will be, a column a thread; the status of the last panel's

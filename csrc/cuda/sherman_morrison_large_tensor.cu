@@ -1,5 +1,6 @@
 // The two products of a round of large inverses on tensor cores, of float32: see cuda/sherman_morrison_large.cu.
 #include "cuda/sherman_morrison_large_tensor.cuh"
+#include "cuda/sherman_morrison_large_tiles.cuh"
 
 namespace mtz::cuda {
 namespace {
@@ -52,56 +53,14 @@ __global__ void __launch_bounds__(Square::kThreads, MTZ_UPDATE_RESIDENT)
     i0 *= K;
     j0 *= K;
     float* matrix = w.inverse(p);
-    const Index row = g.inverse_row_stride;
-    constexpr int line = 32;
-    for (int e = int(threadIdx.x); e < K * K / line; e += Square::kThreads) {
-        const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
-        if (any && i < g.d && j < g.d) prefetch(matrix + i * row + j);
-    }
+    if (any) prefetch_tile<Square>(matrix, g.inverse_row_stride, g.d, i0, j0);
     wait_for_launch();
     if (!any || w.skipped(p)) return;
     float sum[4][K / 4] = {};
     add_product(TensorAcross<Square, true>(w.minus + p * w.side * w.pitch + i0, w.pitch, smaller(K, w.pitch - i0)),
                 TensorAlong<Square>(w.vt + (p * g.d + j0) * w.side, w.side), panels * K, true, shared, sum,
                 [] { return true; });
-    const Index i = i0 + Square::row();
-    bool whole[4];
-    Four<float> old[4][4];  // all on their way at once
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const Index j = j0 + Square::column(c);
-        whole[c] = Words && i < j && j + 4 <= g.d;
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-            if (whole[c]) old[c][r] = load_four(matrix + (i + r) * row + j);
-    }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const Index j = j0 + Square::column(c);
-        if (whole[c]) {
-            float *from = matrix + i * row + j, *mirror = matrix + j * row + i;
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-#pragma unroll
-                for (int f = 0; f < 4; ++f) old[c][r].at[f] += sum[r][4 * c + f];
-                const float* to = old[c][r].at;
-                store_words(from + r * row, to[0], to[1], to[2], to[3]);
-            }
-#pragma unroll
-            for (int f = 0; f < 4; ++f)
-                store_words(mirror + f * row, old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]);
-        } else if (i <= j) {  // at the diagonal and at the end, one by one
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-#pragma unroll
-                for (int f = 0; f < 4; ++f)
-                    if (i + r <= j + f && j + f < g.d) {
-                        const float value = matrix[(i + r) * row + j + f] + sum[r][4 * c + f];
-                        matrix[(i + r) * row + j + f] = value;
-                        matrix[(j + f) * row + i + r] = value;
-                    }
-        }
-    }
+    add_to_matrix<Words, Square>(matrix, g.inverse_row_stride, g.d, i0, j0, sum);
 }
 
 }  // namespace
