@@ -1,4 +1,4 @@
-// The product of large inverses on tensor cores. Sums over k of a[k, i] b[j, k] for kRows x K pairs (i, j), 32 x K a warp, so
+// The product of large inverses on tensor cores. Sums over k of a[k, i] b[j, k] for kRows x kColumns pairs (i, j), 32 x K a warp, so
 // that an element of the larger matrix is split into its parts once. Of the lanes of a warp g = lane / 4, t = lane % 4 has
 //
 //     rows 4 g ..., columns 16 c + 4 t ..., and steps 4 t ... 4 t + 3 of sixteen
@@ -22,17 +22,24 @@
 #ifndef MTZ_MULTIPLY_RESIDENT
 #define MTZ_MULTIPLY_RESIDENT 2
 #endif
+#ifndef MTZ_MULTIPLY_PANELS
+#define MTZ_MULTIPLY_PANELS 2
+#endif
+#ifndef MTZ_UPDATE_WARPS
+#define MTZ_UPDATE_WARPS 2
+#endif
 #ifndef MTZ_UPDATE_RESIDENT
 #define MTZ_UPDATE_RESIDENT 4
 #endif
 
 namespace mtz::cuda {
 
-template <int Warps, int Depth, int Stages>
+template <int Warps, int Panels, int Depth, int Stages>
 struct TensorPanel {
-    static constexpr int kThreads = Warps * kWarp, kRows = Warps * 32, kDepth = Depth, kStages = Stages;
+    static constexpr int kThreads = Warps * Panels * kWarp, kRows = Warps * 32, kColumns = Panels * K;
+    static constexpr int kDepth = Depth, kStages = Stages, kPanels = Panels;
     static constexpr int kTogether = MTZ_TENSOR_TOGETHER, kParts = K / 8 / kTogether;  // tiles of 8 columns
-    static constexpr int kSizeA = kDepth * kRows, kSizeB = K * kDepth;
+    static constexpr int kSizeA = kDepth * kRows, kSizeB = kColumns * kDepth;
     static_assert(kDepth == 16 || kDepth == 32);
     float *a, *b;
 
@@ -45,9 +52,10 @@ struct TensorPanel {
     }
     // The first of four rows, and of four columns.
     __device__ static __forceinline__ int row() {
-        return int(threadIdx.x) / kWarp * 32 + int(threadIdx.x) % kWarp / 4 * 4;
+        return int(threadIdx.x) / kWarp % Warps * 32 + int(threadIdx.x) % kWarp / 4 * 4;
     }
-    __device__ static __forceinline__ int column(int c) { return 16 * c + int(threadIdx.x) % 4 * 4; }
+    __device__ static __forceinline__ int first_column() { return int(threadIdx.x) / (Warps * kWarp) * K; }
+    __device__ static __forceinline__ int column(int c) { return first_column() + 16 * c + int(threadIdx.x) % 4 * 4; }
 
     // Where step k of element i of a is kept, and that of row j of b.
     __device__ static __forceinline__ int place_a(int k, int i) { return k * kRows + (i ^ k / 4 % 4 * 8); }
@@ -61,7 +69,7 @@ struct TensorPanel {
     }
     __device__ __forceinline__ void load_b(int stage, int k, int part, Four<float> (&to)[kTogether]) const {
         const int g = int(threadIdx.x) % kWarp / 4, t = int(threadIdx.x) % 4;
-        const float* from = b + stage * kSizeB + place_b(g / 2 * 4 + g % 2, k + 4 * t);
+        const float* from = b + stage * kSizeB + place_b(first_column() + g / 2 * 4 + g % 2, k + 4 * t);
 #pragma unroll
         for (int c = 0; c < kTogether; ++c) {
             const int tile = part * kTogether + c;
@@ -100,28 +108,34 @@ struct TensorPanel {
 // come here do not fit into memory otherwise.
 template <class P, bool Words>
 struct TensorAcross {
-    static constexpr int kWide = Words ? 4 : 1, kAcross = P::kRows / kWide, kCopies = P::kDepth / 4 * (4 / kWide);
-    static_assert(P::kThreads / kAcross == kWide);
+    static constexpr int kWide = Words ? 4 : 1, kAcross = P::kRows / kWide, kCopies = P::kDepth / (kWide * P::kPanels);
+    static_assert(P::kThreads / kAcross == kWide * P::kPanels && P::kDepth % (16 * P::kPanels) == 0);
     const float* from;  // what this thread copies next
     int row_stride, valid, place;
 
-    __device__ static __forceinline__ int step(int e) { return Words ? e % 4 + e / 4 * 16 : e; }
+    __device__ static __forceinline__ int step(int e) {
+        return Words ? e % 4 + e / 4 * 16 * P::kPanels : e * P::kPanels;
+    }
+    __device__ static __forceinline__ int first_step() {
+        const int y = int(threadIdx.x) / kAcross;
+        return Words ? y % 4 * 4 + y / 4 * 16 : y;
+    }
     __device__ __forceinline__ TensorAcross(const float* data, Index row_stride, Index columns)
         : row_stride(int(row_stride)) {
-        const int x = int(threadIdx.x) % kAcross * kWide, y = int(threadIdx.x) / kAcross * 4;
+        const int x = int(threadIdx.x) % kAcross * kWide, y = first_step();
         const Index left = columns - x;
         valid = int(left < 0 ? 0 : smaller(left, kWide)) * int(sizeof(float));
         from = data + (valid ? x : 0) + y * row_stride;
-        place = P::place_a(y, x);
+        place = Words ? P::place_a(y, x) : x;
     }
     // Whole: all rows, and no word is cut off; words that are not there are the first one again.
     template <bool Whole>
     __device__ __forceinline__ void start(int left, float* to) {
         constexpr int size = kWide * int(sizeof(float));
-        const int y = int(threadIdx.x) / kAcross * 4;
+        const int y = first_step();
 #pragma unroll(Words&& Whole ? kCopies : 4)
         for (int e = 0; e < kCopies; ++e)
-            copy_async<size>(to + (Words ? place + step(e) * P::kRows : P::place_a(e, place)),
+            copy_async<size>(to + (Words ? place + step(e) * P::kRows : P::place_a(y + step(e), place)),
                              from + Index(row_stride) * step(e),
                              Whole                ? size
                              : y + step(e) < left ? valid
@@ -130,7 +144,7 @@ struct TensorAcross {
     }
 };
 
-// K rows of b, of whole words.
+// Rows of b, of whole words.
 template <class P>
 struct TensorAlong {
     static constexpr int kAcross = P::kDepth / 4, kDown = P::kThreads / kAcross;
@@ -147,7 +161,7 @@ struct TensorAlong {
     __device__ __forceinline__ void start(int left, float* to) {
         const int x = int(threadIdx.x) % kAcross * 4;
 #pragma unroll
-        for (int e = 0; e < K / kDown; ++e)
+        for (int e = 0; e < P::kColumns / kDown; ++e)
             copy_async<16>(to + place + e * kDown * P::kDepth, from + Index(row_stride) * (e * kDown),
                            Whole || x < left ? 16 : 0);
         from += P::kDepth;
