@@ -88,15 +88,6 @@ __device__ __forceinline__ void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
-// The same of a run of bytes, where a GPU does that in the background.
-__device__ __forceinline__ void prefetch_run(const void* global, unsigned bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const unsigned before = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(global)) % 16;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(global) - before),
-                 "r"((bytes + before) / 16 * 16));
-#endif
-}
-
 __device__ __forceinline__ void sync_block() {
     __syncthreads();
 }

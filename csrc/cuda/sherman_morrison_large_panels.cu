@@ -6,16 +6,10 @@
 // in blocks of kTile columns, each of which works out the pivots for itself: that is less than to wait for another launch.
 #include "cuda/sherman_morrison_large.cuh"
 
-#ifndef MTZ_PREFETCH
-#define MTZ_PREFETCH 36
-#endif
-
 namespace mtz::cuda {
 namespace {
 
 constexpr int kPanelThreads = 256, kTile = 32;
-constexpr Index kPrefetched = Index(MTZ_PREFETCH) << 20;  // bytes of the matrices, of an L2 cache of 50 MB
-static_assert(kTile == kWarp);
 
 // s[p, b, chunk, q, r] = sum over a chunk of j of V[q, j] Y[r, j], q of this panel and r of panel b, a warp for 4 x 4 of
 // them; rows end in zeros
@@ -117,15 +111,6 @@ struct Columns {
             store_four(to + e * down * Pivots<T>::kPitch, sum.at);
         }
     }
-    // Of rows j0 ... what the update reads, as far as a cache holds it: memory has nothing else to do during the pivots. Of
-    // d rows, those that it reads first are at both ends, and two together are of d elements.
-    __device__ __forceinline__ void prefetch_rows() const {
-        const Index d = w.g.d, j = j0 + int(threadIdx.x) % kWarp;
-        if (int(threadIdx.x) / kWarp != kPanelThreads / kWarp - 1 || j >= d) return;
-        if ((p * (d / 2) + smaller(j, d - 1 - j)) * d * Index(sizeof(T)) >= kPrefetched) return;
-        const Index first = j / K * K;
-        prefetch_run(w.inverse(p) + j * w.g.inverse_row_stride + first, unsigned((d - first) * Index(sizeof(T))));
-    }
     // sum = a^T tile, a [K, K] with a pitch; rows of the tile from `first` on
     __device__ __forceinline__ void multiply_turned(const T* a, int first, T (&sum)[4][2]) const {
 #pragma unroll 4
@@ -214,7 +199,6 @@ __global__ void __launch_bounds__(kPanelThreads, 1) solve_kernel(Index first_blo
     for (int i = int(threadIdx.x); i < K; i += kPanelThreads)
         columns.pivots.sign[i] = T(w.sign[p * w.side + panel * K + i]);
     columns.load_s(panel, true);
-    if (panel == panels - 1) columns.prefetch_rows();
     int status = columns.pivots.eliminate(K / Pivots<T>::kBlock, rounding<T>(w.g.d));
     copy_async_wait<0>();
     if (status != kUpdated) {

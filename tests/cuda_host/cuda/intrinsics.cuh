@@ -83,7 +83,6 @@ inline void store_words(float* global, float a, float b, float c, float d) {
 }
 
 inline void prefetch(const void*) {}
-inline void prefetch_run(const void*, unsigned) {}
 
 inline void sync_block() {
     cuda_host::wait_block(false);
