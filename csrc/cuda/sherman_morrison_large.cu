@@ -1,7 +1,8 @@
 // Large inverses, all of a batch at once, in place. For a round of vectors V = Y A^-1 (tiles of K x 128, the inner dimension
 // in slices); then for each panel of it S = V Y^T, its pivots, V <- X V, and what that takes out of V in later panels
 // (cuda/sherman_morrison_large_panels.cu); and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their
-// mirror images). See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
+// mirror images). The two products are here for float64 and for GPUs without fast tensor cores, and in
+// cuda/sherman_morrison_large_tensor.cu for the others. See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
 //
 // Of 3 k d^2 operations, two thirds are V and one third the update, both on the whole grid. Beside the matrix, which is read
 // one and a half times and written once a round, slices of V are written and read, and V a few times more. What is left is

@@ -1,4 +1,5 @@
-// The two products of a round of large inverses on tensor cores, of float32: see cuda/sherman_morrison_large.cu.
+// The two products of a round of large inverses on tensor cores, of float32: see cuda/sherman_morrison_large.cu. An update
+// tile is square and of two warps, so that four are on a multiprocessor and some compute while others load and store.
 #include "cuda/sherman_morrison_large_tensor.cuh"
 #include "cuda/sherman_morrison_large_tiles.cuh"
 
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(Tall<Panels>::kThreads,
     float sum[4][K / 4] = {};
     const bool any = add_product(
         TensorAcross<P, Words>(w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
-                               smaller(P::kRows, g.d - j0)),
+                               smaller(P::kRows, g.d - j0),
+                               smaller(first + w.length, g.d) - larger(first, j0 + P::kRows)),
         TensorAlong<P>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch), int(smaller(w.length, g.d - first)),
         !Words || j0 + P::kRows <= g.d || g.d % 4 == 0, shared, sum, [&] {
             wait_for_launch();  // neither it nor any before it that has not ended writes the matrix
