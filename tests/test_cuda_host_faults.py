@@ -334,7 +334,7 @@ FAULTS = {
         ),
         "two vectors in one place": (LARGE_INVERSES, "before += «positive && i < q»", "positive && i <= q && q > 0"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "half of a warp is not summed": (LARGE_PANELS, "for (int half = «8»; half > 0", "4"),
+        "half of a warp is not summed": (LARGE_PANELS, "const int half = «8 >> step»;", "4 >> step"),
         "another sum of a lane": (LARGE_PANELS, "kept = «upper ? high : low»;", "low"),
         "one chunk is not added up": (LARGE_PANELS, "«chunk < chunks»; ++chunk", "chunk < chunks - 1"),
         "V is not waited for": (LARGE_PANELS, "«copy_async_wait<0>();»", ""),

@@ -46,10 +46,12 @@ __global__ void __launch_bounds__(kPanelThreads, 1) small_product_kernel(Large<T
         T* to = w.s + ((p * w.panels + b) * w.chunks + chunk) * K * K + q * K + r;
         // sums of all lanes: in each step a lane keeps half of its sums, and its partner the others
 #pragma unroll
-        for (int half = 8; half > 0; half /= 2) {
+        for (int step = 0; step < 4; ++step) {
+            const int half = 8 >> step;
             const bool upper = lane & 2 * half;
 #pragma unroll
-            for (int i = 0; i < half; ++i) {
+            for (int i = 0; i < 8; ++i) {
+                if (i >= half) continue;
                 T &low = sum[i / 4][i % 4], &high = sum[(i + half) / 4][(i + half) % 4];
                 const T sent = upper ? low : high, kept = upper ? high : low;
                 low = kept + shuffle_xor(sent, 2 * half);

@@ -41,7 +41,7 @@ __device__ __forceinline__ void prefetch_tile(const T* matrix, Index row, Index 
 template <bool Words, class P, class T, int Columns>
 __device__ __forceinline__ void add_to_matrix(T* matrix, Index row, Index d, Index i0, Index j0,
                                               const T (&sum)[4][Columns]) {
-    constexpr int parts = Columns / 4, together = Words ? parts : 1;
+    constexpr int parts = Columns / 4, together = Words && sizeof(T) == 4 ? parts : 1;
     const Index i = i0 + P::row();
     const auto each = [&](Index j, auto f) {
 #pragma unroll
