@@ -68,15 +68,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(Bytes), "r"(valid)
                      : "memory");
 }
-// The same of 16 bytes that will not be read again soon: they are the first to leave the L2 cache.
-__device__ __forceinline__ void copy_async_once(void* shared, const void* global) {
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile(
-        "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
-        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, first;\n}" ::"r"(to),
-        "l"(global)
-        : "memory");
-}
 // Closes the group of the copies this thread has started.
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

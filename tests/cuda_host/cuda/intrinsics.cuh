@@ -66,9 +66,6 @@ void copy_async(void* shared, const void* global, int valid) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
     cuda_host::copy_start(shared, global, Bytes, valid);
 }
-inline void copy_async_once(void* shared, const void* global) {
-    cuda_host::copy_start(shared, global, 16, 16);
-}
 inline void copy_async_commit() {
     cuda_host::copy_commit();
 }
