@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(Tall<Panels>::kThreads,
     float sum[4][K / 4] = {};
     const bool any = add_product(
         TensorAcross<P, Words>(w.inverse(p) + first * g.inverse_row_stride + j0, g.inverse_row_stride,
-                               smaller(P::kRows, g.d - j0),
-                               smaller(first + w.length, g.d) - larger(first, j0 + P::kRows)),
+                               smaller(P::kRows, g.d - j0)),
         TensorAlong<P>(w.y + (p * w.side + panel * K) * w.pitch + first, w.pitch), int(smaller(w.length, g.d - first)),
         !Words || j0 + P::kRows <= g.d || g.d % 4 == 0, shared, sum, [&] {
             wait_for_launch();  // neither it nor any before it that has not ended writes the matrix

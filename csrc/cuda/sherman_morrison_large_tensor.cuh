@@ -22,9 +22,6 @@
 #ifndef MTZ_MULTIPLY_RESIDENT
 #define MTZ_MULTIPLY_RESIDENT 2
 #endif
-#ifndef MTZ_EVICT
-#define MTZ_EVICT 0
-#endif
 #ifndef MTZ_MULTIPLY_PANELS
 #define MTZ_MULTIPLY_PANELS 2
 #endif
@@ -113,8 +110,8 @@ template <class P, bool Words>
 struct TensorAcross {
     static constexpr int kWide = Words ? 4 : 1, kAcross = P::kRows / kWide, kCopies = P::kDepth / (kWide * P::kPanels);
     static_assert(P::kThreads / kAcross == kWide * P::kPanels && P::kDepth % (16 * P::kPanels) == 0);
-    const float* from;                   // what this thread copies next
-    int row_stride, valid, place, once;  // once: how many steps are left where nothing is read again
+    const float* from;  // what this thread copies next
+    int row_stride, valid, place;
 
     __device__ static __forceinline__ int step(int e) {
         return Words ? e % 4 + e / 4 * 16 * P::kPanels : e * P::kPanels;
@@ -123,8 +120,8 @@ struct TensorAcross {
         const int y = int(threadIdx.x) / kAcross;
         return Words ? y % 4 * 4 + y / 4 * 16 : y;
     }
-    __device__ __forceinline__ TensorAcross(const float* data, Index row_stride, Index columns, Index once = 0)
-        : row_stride(int(row_stride)), once(int(once)) {
+    __device__ __forceinline__ TensorAcross(const float* data, Index row_stride, Index columns)
+        : row_stride(int(row_stride)) {
         const int x = int(threadIdx.x) % kAcross * kWide, y = first_step();
         const Index left = columns - x;
         valid = int(left < 0 ? 0 : smaller(left, kWide)) * int(sizeof(float));
@@ -136,15 +133,6 @@ struct TensorAcross {
     __device__ __forceinline__ void start(int left, float* to) {
         constexpr int size = kWide * int(sizeof(float));
         const int y = first_step();
-        if constexpr (Whole && Words && MTZ_EVICT) {
-            if (left <= once) {
-#pragma unroll
-                for (int e = 0; e < kCopies; ++e)
-                    copy_async_once(to + place + step(e) * P::kRows, from + Index(row_stride) * step(e));
-                from += Index(row_stride) * P::kDepth;
-                return;
-            }
-        }
 #pragma unroll(Words&& Whole ? kCopies : 4)
         for (int e = 0; e < kCopies; ++e)
             copy_async<size>(to + (Words ? place + step(e) * P::kRows : P::place_a(y + step(e), place)),
