@@ -26,6 +26,7 @@ struct Pivots {
     T *s, *inverse, *below;  // [kPanel, kPitch] S, then what is left of it; [kPanel, kPitch] X; [kPanel, kBelow] M
     T *sign, *size, *pivot;  // [kPanel] each; size is S's diagonal
     T *columns, *rows;       // [kBlock, 4], [4, kBlock]: what lanes of A tell each other
+    T* least;                // [kBlock] that pivots may be
     int* status;
 
     template <class Taker>
@@ -38,6 +39,7 @@ struct Pivots {
         pivot = space.template take<T>(kPanel);
         columns = space.template take<T>(kBlock * 4);
         rows = space.template take<T>(kBlock * 4);
+        least = space.template take<T>(kBlock);
         status = space.template take<int>(1);
     }
 
@@ -58,12 +60,13 @@ struct Pivots {
                 reduce(m - 1, i, b - i * (i + 1) / 2);
             }
             if (warp == 0) {
-                sync_warp();  // S_mm is there
+                if (m > 0) sync_warp();  // S_mm is there
                 factor(m);
             }
             sync_block();  // N is there, and S and R are without the block before
 #pragma unroll 1
-            for (int e = warp; e < blocks - 1; e += warps) multiply_by_n(m, e < m ? e : e + 1);
+            for (int e = warp; e < 2 * (blocks - 1); e += warps)
+                multiply_by_n(m, e / 2 < m ? e / 2 : e / 2 + 1, e % 2 * 8);
             const int last = thread - int(blockDim.x) + kPanel;  // those threads have nothing else to do
             if (m == blocks - 1 && last >= 0 && last < blocks * kBlock) judge(last, doubt);
             sync_block();  // M and X of this block are there
@@ -74,43 +77,43 @@ struct Pivots {
   private:
     static_assert(kPanel == 4 * kBlock);
 
-    // f(r, c, sum over k of a[r, k] b(k, c)) for a block, by a warp
-    template <class B, class F>
+    // f(r, c, sum over k of a[r, k] b(k, c)) for 16 rows and 8 N columns, by a warp
+    template <int N, class B, class F>
     __device__ __forceinline__ void multiply(const T* a, int pitch, B b, F f) const {
         const int lane = int(threadIdx.x) % kWarp;
         if constexpr (sizeof(T) == 4) {
             if (kTensorCores) {
                 const int g = lane / 4, t = lane % 4;
-                Tf32 left[1][2][4], right[2][4];
+                Tf32 left[1][2][4], right[N][4];
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
+                for (int e = 0; e < 8; ++e)
                     left[0][e / 4][e % 4] = split_tf32(a[(g + e / 4 * 8) * pitch + t + e % 4 * 4]);
-                    right[e / 4][e % 4] = split_tf32(b(t + e % 4 * 4, g + e / 4 * 8));
-                }
-                tensor::Tile sum[1][2] = {};
+#pragma unroll
+                for (int e = 0; e < 4 * N; ++e) right[e / 4][e % 4] = split_tf32(b(t + e % 4 * 4, g + e / 4 * 8));
+                tensor::Tile sum[1][N] = {};
                 tensor::multiply_add<1, 4>(sum, left, right);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) f(g + e % 4 / 2 * 8, e / 4 * 8 + 2 * t + e % 2, sum[0][e / 4][e % 4]);
+                for (int e = 0; e < 4 * N; ++e) f(g + e % 4 / 2 * 8, e / 4 * 8 + 2 * t + e % 2, sum[0][e / 4][e % 4]);
                 return;
             }
         }
         const int r = lane / 8 * 4, c = lane % 8;
-        T sum[4][2] = {};
+        T sum[4][N] = {};
 #pragma unroll
         for (int k = 0; k < kBlock; k += 4) {
-            T right[4][2];
+            T right[4][N];
 #pragma unroll
-            for (int e = 0; e < 8; ++e) right[e / 2][e % 2] = b(k + e / 2, c + e % 2 * 8);
+            for (int e = 0; e < 4 * N; ++e) right[e / N][e % N] = b(k + e / N, c + e % N * 8);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const Four<T> row = load_four(a + (r + e) * pitch + k);
 #pragma unroll
-                for (int at = 0; at < 8; ++at)
-                    sum[e][at % 2] = multiply_add(row.at[at / 2], right[at / 2][at % 2], sum[e][at % 2]);
+                for (int at = 0; at < 4 * N; ++at)
+                    sum[e][at % N] = multiply_add(row.at[at / N], right[at / N][at % N], sum[e][at % N]);
             }
         }
 #pragma unroll
-        for (int e = 0; e < 8; ++e) f(r + e / 2, c + e % 2 * 8, sum[e / 2][e % 2]);
+        for (int e = 0; e < 4 * N; ++e) f(r + e / N, c + e % N * 8, sum[e / N][e % N]);
     }
 
     // A: a row and eight columns of it a lane, four pivots at a time. The rows of these come as they are before any of them
@@ -121,19 +124,19 @@ struct Pivots {
         const int lane = int(threadIdx.x), i = lane % kBlock, half = lane / kBlock, at = m * kBlock + i;
         const int place = at * kPitch + m * kBlock + 8 * half;
         const T mine = sign[at];
-        Four<T> first = load_four(s + place), second = load_four(s + place + 4), four[4], column, row[4][2], signs;
+        Four<T> first = load_four(s + place), second = load_four(s + place + 4), four[4], column, row[4][2], lowest;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             first.at[k] += i == 8 * half + k ? mine : T(0);
             second.at[k] += i == 8 * half + k + 4 ? mine : T(0);
         }
         const auto tell_columns = [&](int group) {
-            signs = load_four(sign + m * kBlock + 4 * (group % 4));
             if (half == group / 2) store_four(columns + 4 * i, first.at);
             sync_warp();  // columns are there, and all lanes have the rows before
 #pragma unroll
             for (int q = 0; q < 4; ++q) four[q] = load_four(columns + 16 * (group % 4) + 4 * q);
             column = load_four(columns + 4 * i);
+            lowest = load_four(least + 4 * (group % 4));
         };
         const auto tell_rows = [&](int group) {
             if (i / 4 == group) {
@@ -144,8 +147,8 @@ struct Pivots {
 #pragma unroll
             for (int q = 0; q < 8; ++q) row[q / 2][q % 2] = load_four(rows + q / 2 * kBlock + 8 * half + q % 2 * 4);
         };
+        if (half == 0) least[i] = mine > 0 ? T(1) : -T(HUGE_VALF);
         tell_columns(0);
-        tell_rows(0);
         T own = 0;
 #pragma unroll 1
         for (int group = 0; group < 4; ++group) {
@@ -153,9 +156,9 @@ struct Pivots {
             T below[4][4], c[4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-                const T least = signs.at[q] > 0 ? T(1) : -T(HUGE_VALF), p = four[q].at[q];
+                const T p = four[q].at[q];
                 if (before == q) own = p;
-                const T over = reciprocal(larger_of(p, least));
+                const T over = reciprocal(larger_of(p, lowest.at[q]));
 #pragma unroll
                 for (int k = q + 1; k < 4; ++k) {
                     below[k][q] = four[k].at[q] * over;
@@ -166,6 +169,7 @@ struct Pivots {
                 c[q] = before > q ? column.at[q] * -over : T(0);
 #pragma unroll
                 for (int e = q + 1; e < 4; ++e) column.at[e] = multiply_add(c[q], four[q].at[e], column.at[e]);
+                if (q == 0) tell_rows(group);  // which are needed last
             }
 #pragma unroll
             for (int q = 2; q >= 0; --q)
@@ -184,7 +188,6 @@ struct Pivots {
                 for (int k = 0; k < 4; ++k) done.at[k] = multiply_add(c[q], row[q][0].at[k], done.at[k]);
 #pragma unroll
             for (int k = 0; k < 4; ++k) second.at[k] = half != group / 2 ? done.at[k] : before == k ? T(1) : c[k];
-            tell_rows(group + 1);
         }
         const T p = mine > 0 ? larger_of(own, T(1)) : -own, root = inverse_root(p);
 #pragma unroll
@@ -201,15 +204,18 @@ struct Pivots {
         if (judged != kUpdated) atomic_max(status, (kPanel - at) * 4 + judged);
     }
 
-    // B: M of block i, or X of block j
-    __device__ __forceinline__ void multiply_by_n(int m, int block) const {
-        const T *n = inverse + m * kBlock * (kPitch + 1), *from = s + block * kBlock * kPitch + m * kBlock;
-        const bool after = block > m;
-        if (!after) from = s + m * kBlock * kPitch + block * kBlock;
-        const T *a = after ? from : n, *b = after ? n : from;
-        T* to = after ? below + block * kBlock * kBelow : inverse + m * kBlock * kPitch + block * kBlock;
-        const int down = after ? 1 : kPitch, along = after ? kPitch : 1, pitch = after ? kBelow : kPitch;
-        multiply(
+    // B: eight columns of M of a block below, or of X of one before
+    __device__ __forceinline__ void multiply_by_n(int m, int block, int column) const {
+        const T *n = inverse + m * kBlock * (kPitch + 1), *a = n,
+                *b = s + m * kBlock * kPitch + block * kBlock + column;
+        T* to = inverse + m * kBlock * kPitch + block * kBlock + column;
+        int down = kPitch, along = 1, pitch = kPitch;
+        if (block > m) {
+            a = s + block * kBlock * kPitch + m * kBlock, b = n + column * kPitch;
+            to = below + block * kBlock * kBelow + column;
+            down = 1, along = kPitch, pitch = kBelow;
+        }
+        multiply<1>(
             a, kPitch, [&](int k, int c) { return b[k * down + c * along]; },
             [&](int r, int c, T sum) { to[r * pitch + c] = sum; });
     }
@@ -220,7 +226,7 @@ struct Pivots {
                 *b = j > m ? below + j * kBlock * kBelow : inverse + m * kBlock * kPitch + j * kBlock;
         const int down = j > m ? 1 : kPitch, along = j > m ? kBelow : 1;
         T* to = s + i * kBlock * kPitch + j * kBlock;
-        multiply(
+        multiply<2>(
             below + i * kBlock * kBelow, kBelow, [&](int k, int c) { return -d[k] * b[k * down + c * along]; },
             [&](int r, int c, T sum) { to[r * kPitch + c] = (j == m ? T(0) : to[r * kPitch + c]) + sum; });
     }
