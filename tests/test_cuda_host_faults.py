@@ -59,9 +59,21 @@ def probe_tensor_inverses(session, schedule):
     check_update(session, 1, 19, 40, "float32", schedule, np.random.default_rng(0).uniform(0.1, 2, (1, 40)))
     check_update(session, 2, 3, 80, "float32", schedule)  # loses too much in panels of more than 16 vectors
     probe_inverses(session, schedule)
+    check_first_failure(session, 64, schedule)
 
 
 probe_tensor_inverses.shared_memory = MOST
+
+
+def check_first_failure(session, d, schedule):
+    """The first pivot that fails is 0, and what follows is NaN; or the last of all pivots fails."""
+    inverse, vectors = damped_inverse(2, d), normal(2, 60, d, seed=1)
+    inverse[1], vectors[1, 30:] = np.eye(d), np.eye(1, d)
+    weight = np.ones((2, 60))
+    weight[0, 40], weight[1, 30:] = -100, -1
+    vectors[1, :30] = 0
+    got, status = host.sherman_morrison(session, inverse, vectors, weight, schedule)
+    assert status.tolist() == [1, 1] and np.array_equal(got, inverse)
 
 
 def check_taken_out_first(session, d, schedule):
@@ -107,6 +119,7 @@ def probe_large_inverses(session, schedule):
     assert status.tolist() == [0, 1] and np.array_equal(got[1], inverse[1])
     expected = afresh(inverse[:1], vectors[:1], weight[:1])
     assert_within(got[:1], expected, 2e-5, np.abs(expected).max())
+    check_first_failure(session, 99, schedule)
 
 
 probe_large_inverses.shared_memory = LARGE
@@ -148,7 +161,7 @@ MATCHING, MOMENTS = "match_neurons.cu", "conv2d_second_moment_patches.cu"
 SHIFTS, SHIFT_PLAN = "conv2d_second_moment_shifts.cu", "shift_plan.cuh"
 INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part in (".cuh", "_small.cu", "_large.cu"))
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
-PIVOTS = "pivots.cuh"
+PIVOTS, TILES = "pivots.cuh", "tiles.cuh"
 LARGE_PRODUCT, LARGE_PANELS = (f"sherman_morrison_large{part}" for part in (".cuh", "_panels.cu"))
 LARGE_TILES = "sherman_morrison_large_tiles.cuh"
 LARGE_TENSOR, LARGE_TENSOR_KERNELS = (f"sherman_morrison_large_tensor.{kind}" for kind in ("cuh", "cu"))
@@ -279,12 +292,13 @@ FAULTS = {
         "columns of S are not scaled": (TENSOR_STEPS, "first = «std::fabs(of[0])»,", "1.0f"),
         "columns 8 on are not swapped": (TENSOR_STEPS, "eight = «(t & 2) ? -8 : 8»;", "8"),
         "signs of other vectors": (TENSOR_STEPS, "values.at[e] *= -sign[«4 * e»];", "0"),
-        "only one of two parts": (TENSOR_STEPS, "«part[0][m][n][e] += part[1][m][n][e];»", ""),
+        "only one of two parts": (TILES, "«part[0][m][n][e] += part[1][m][n][e];»", ""),
         "the element before the diagonal is kept": (TENSOR_STEPS, "else if («one») {", "false"),
         "below the diagonal as well": (TENSOR_STEPS, "if («all || both») {", "true"),
         "no mirror image": (TENSOR_STEPS, "if («all || g < second») turned_to", "false"),
         "a mirror image that is not turned": (TENSOR_STEPS, "first = «2 * t + turned», second", "2 * t"),
-        "small terms are left out": (TENSOR_STEPS, "«term == 1» ? b0.low", "false"),
+        "small parts of b are left out": (TILES, "of_b = «term % 2» ? high", "true"),
+        "small parts of a are left out": (TILES, "of_a = «term > 2» ? low", "false"),
         "beyond the end": (TENSOR_STEPS, "if («above < 0 || i0 + i >= side || j0 + j >= side») continue;", "above < 0"),
     },
     probe_large_inverses: {
@@ -347,11 +361,17 @@ FAULTS = {
         "no barrier before S is used": (PIVOTS, "«sync_block();»  // S is there", ""),
         "no barrier after the pivots": (PIVOTS, "«sync_block();»  // N is there", ""),
         "no barrier before rows are reduced": (PIVOTS, "«sync_block();»  // M and X of this block", ""),
-        "no barrier between blocks of pivots": (PIVOTS, "«sync_block();»  // S and R are without", ""),
-        "nothing above the diagonal": (PIVOTS, "factor = «i > j» ?", "i != j"),
-        "another row is taken out": (PIVOTS, "shuffle_from(row[k], «j»)", "j ^ 1"),
-        "the last pivot only": (PIVOTS, "if («other < worst») worst", "other > worst"),
-        "signs are not looked at": (PIVOTS, "other[k] *= «sign[m * kBlock + k]»;", "T(1)"),
+        "no barrier before S of a block is used": (PIVOTS, "«sync_warp();»  // S_mm is there", ""),
+        "no barrier before columns are used": (PIVOTS, "«sync_warp();»  // columns are there", ""),
+        "no barrier before rows are used": (PIVOTS, "«sync_warp();»  // rows are there", ""),
+        "nothing above the diagonal": (PIVOTS, "c[q] = «before > q» ?", "before != q"),
+        "another row is taken out": (PIVOTS, "columns + 16 * (group % 4) + «4 * q»)", "4 * (q ^ 1)"),
+        "rows are not as they were": (PIVOTS, "multiply_add(«-c[k]», below[k][q], c[q])", "T(0)"),
+        "S stays where N belongs": (PIVOTS, "«half != group / 2» ? done", "true"),
+        "the last pivot only": (PIVOTS, "atomic_max(status, «(kPanel - at) * 4» + judged)", "at * 4"),
+        "pivots of one block are judged": (PIVOTS, "last >= 0 && «last < blocks * kBlock»)", "last < kBlock"),
+        "a block is reduced twice": (PIVOTS, "«e <= m ? e - 1 : e»), i", "e"),
+        "signs are not looked at": (PIVOTS, "return «-d[k]» * b[", "T(-1)"),
         "S is not taken away": (PIVOTS, "(«j == m» ? T(0)", "false"),
         "no barrier before panels are coupled": (LARGE_PANELS, "«sync_block();»  // S and X^T D V", ""),
     },

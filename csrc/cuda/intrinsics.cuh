@@ -91,6 +91,10 @@ __device__ __forceinline__ void prefetch(const void* global) {
 __device__ __forceinline__ void sync_block() {
     __syncthreads();
 }
+// A barrier of the warp, all of whose lanes must take part.
+__device__ __forceinline__ void sync_warp() {
+    __syncwarp();
+}
 // A barrier of the block that says whether `value` holds in any thread.
 __device__ __forceinline__ bool sync_block_any(bool value) {
     return __syncthreads_or(value) != 0;

@@ -87,6 +87,9 @@ inline void prefetch(const void*) {}
 inline void sync_block() {
     cuda_host::wait_block(false);
 }
+inline void sync_warp() {
+    cuda_host::exchange(0, 0);
+}
 inline bool sync_block_any(bool value) {
     return cuda_host::wait_block(value);
 }
