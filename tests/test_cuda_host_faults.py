@@ -163,6 +163,7 @@ INVERSES, SMALL_INVERSES, LARGE_INVERSES = (f"sherman_morrison{part}" for part i
 RESIDENT, TENSOR, TENSOR_STEPS = (f"sherman_morrison_{part}" for part in ("resident.cuh", "tensor.cu", "tensor.cuh"))
 PIVOTS, TILES = "pivots.cuh", "tiles.cuh"
 LARGE_PRODUCT, LARGE_PANELS = (f"sherman_morrison_large{part}" for part in (".cuh", "_panels.cu"))
+LARGE_SMALL = "sherman_morrison_large_product.cuh"
 LARGE_TILES = "sherman_morrison_large_tiles.cuh"
 LARGE_TENSOR, LARGE_TENSOR_KERNELS = (f"sherman_morrison_large_tensor.{kind}" for kind in ("cuh", "cu"))
 SMALL_STEPS = "sherman_morrison_small.cuh"
@@ -348,8 +349,8 @@ FAULTS = {
         ),
         "two vectors in one place": (LARGE_INVERSES, "before += «positive && i < q»", "positive && i <= q && q > 0"),
         "a failed matrix is not put back": (LARGE_INVERSES, "else if («w.skipped(p)»)", "false"),
-        "half of a warp is not summed": (LARGE_PANELS, "const int half = «8 >> step»;", "4 >> step"),
-        "another sum of a lane": (LARGE_PANELS, "kept = «upper ? high : low»;", "low"),
+        "half of a warp is not summed": (LARGE_SMALL, "const int half = «8 >> step»;", "4 >> step"),
+        "another sum of a lane": (LARGE_SMALL, "kept = «upper ? high : low»;", "low"),
         "one chunk is not added up": (LARGE_PANELS, "«chunk < chunks»; ++chunk", "chunk < chunks - 1"),
         "V is not waited for": (LARGE_PANELS, "«copy_async_wait<0>();»", ""),
         "no barrier before V is used": (LARGE_PANELS, "«sync_block();»  // V is there", ""),
@@ -357,7 +358,14 @@ FAULTS = {
         "no barrier before D V is used": (LARGE_PANELS, "«sync_block();»  // D V is there", ""),
         "no barrier before D V is replaced": (LARGE_PANELS, "«sync_block();»  // nobody needs D V", ""),
         "no barrier before another S": (LARGE_PANELS, "«sync_block();»  // nobody needs S", ""),
-        "later panels keep this one": (LARGE_PANELS, "v[r * w.pitch + c] -= «sum[r][c]»;", "T(0)"),
+        "later panels keep this one": (LARGE_PANELS, "along(r) + c] -= «sum[r][c]»;", "T(0)"),
+        "no barrier before warps are added up": (LARGE_SMALL, "«sync_block();»  // sums of all warps", ""),
+        "no barrier before the next sums": (LARGE_SMALL, "«sync_block();»  // nobody needs these sums", ""),
+        "one warp is not added up": (LARGE_SMALL, "«f < kPanelThreads / kWarp»; ++f", "f < kPanelThreads / kWarp - 1"),
+        "words behind the end": (LARGE_SMALL, "const bool any = «j + 4 * t < last»;", "true"),
+        "rows of another half": (LARGE_PANELS, "? «r % 2 * 8» : r;", "r / 2 * 8"),
+        "columns of the other half": (LARGE_PANELS, "? «r / 2 * 8» : 0;", "r % 2 * 8"),
+        "rows of X that were left out": (LARGE_PANELS, "for (int k = «first + t»; k <", "t"),
         "no barrier before S is used": (PIVOTS, "«sync_block();»  // S is there", ""),
         "no barrier after the pivots": (PIVOTS, "«sync_block();»  // N is there", ""),
         "no barrier before rows are reduced": (PIVOTS, "«sync_block();»  // M and X of this block", ""),
