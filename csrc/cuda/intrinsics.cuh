@@ -78,6 +78,11 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Stores 16 bytes to global memory at once: of a structure, the compiler makes four stores.
+__device__ __forceinline__ void store_words(float* global, float a, float b, float c, float d) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // Brings the 128 bytes around `global` nearer: no more than a hint.
 __device__ __forceinline__ void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
@@ -85,6 +90,10 @@ __device__ __forceinline__ void prefetch(const void* global) {
 
 __device__ __forceinline__ void sync_block() {
     __syncthreads();
+}
+// A barrier of the warp, all of whose lanes must take part.
+__device__ __forceinline__ void sync_warp() {
+    __syncwarp();
 }
 // A barrier of the block that says whether `value` holds in any thread.
 __device__ __forceinline__ bool sync_block_any(bool value) {

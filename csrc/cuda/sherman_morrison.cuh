@@ -76,7 +76,8 @@ __device__ __forceinline__ double rounding(Index d) {
     return 16 * (sizeof(T) == 4 ? 1.2e-7 : 2.3e-16) * (float(d) * inverse_root(float(d)));
 }
 
-__device__ __forceinline__ bool finite(double x) {
+template <class T>
+__device__ __forceinline__ bool finite(T x) {
     return x - x == 0;
 }
 
@@ -92,7 +93,8 @@ __device__ __forceinline__ int judge_pivot(double sign, double size, double roun
 }
 
 // A diagonal element of the result.
-__device__ __forceinline__ int judge_diagonal(double x) {
+template <class T>
+__device__ __forceinline__ int judge_diagonal(T x) {
     return !finite(x) ? kNotFinite : x > 0 ? kUpdated : kIndefinite;
 }
 

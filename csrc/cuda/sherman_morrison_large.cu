@@ -1,7 +1,8 @@
 // Large inverses, all of a batch at once, in place. For a round of vectors V = Y A^-1 (tiles of K x 128, the inner dimension
 // in slices); then for each panel of it S = V Y^T, its pivots, V <- X V, and what that takes out of V in later panels
 // (cuda/sherman_morrison_large_panels.cu); and A^-1 -= V^T D V (tiles of 128 x K of the upper triangle, written with their
-// mirror images). See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
+// mirror images). The two products are here for float64 and for GPUs without fast tensor cores, and in
+// cuda/sherman_morrison_large_tensor.cu for the others. See cuda/sherman_morrison.cuh for the formula, cuda/pivots.cuh for X.
 //
 // Of 3 k d^2 operations, two thirds are V and one third the update, both on the whole grid. Beside the matrix, which is read
 // one and a half times and written once a round, slices of V are written and read, and V a few times more. What is left is
@@ -11,7 +12,7 @@
 //
 // Whether a round may be put in is known before anything is written. A later one may still fail, so with more than one a
 // copy is kept, and put back where it did.
-#include "cuda/sherman_morrison_large.cuh"
+#include "cuda/sherman_morrison_large_tiles.cuh"
 
 namespace mtz::cuda {
 namespace {
@@ -111,8 +112,8 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
     if (j0 + j >= w.pitch) return;
 #pragma unroll
     for (int c = 0; c < P::kColumns; ++c) {
-        const Four<T> four{{sum[0][c], sum[1][c], sum[2][c], sum[3][c]}};
-        *reinterpret_cast<Four<T>*>(to + (P::column(c / 4) + c % 4) * w.pitch + j) = four;
+        const T four[4] = {sum[0][c], sum[1][c], sum[2][c], sum[3][c]};
+        store_global(to + (P::column(c / 4) + c % 4) * w.pitch + j, four);
     }
 }
 
@@ -133,26 +134,6 @@ __global__ void add_slices_kernel(Large<T> w) {
     }
 }
 
-// Tiles of the upper triangle: in row i those from Step i on, of `columns`. Row i is followed by row rows - 1 - i, so that
-// both together are of the same number.
-template <int Step>
-struct Triangle {
-    Index rows, columns, both;
-    __host__ __device__ explicit Triangle(Index d, int tall)
-        : rows(ceil_div(d, tall)), columns(ceil_div(d, K)), both(2 * columns - Step * (rows - 1)) {}
-    __host__ __device__ Index count() const { return (rows + 1) / 2 * both; }
-    // False for what a middle row that stands alone lacks.
-    __device__ __forceinline__ bool at(Index e, Index& i, Index& j) const {
-        i = e / both;
-        j = e % both + Step * i;
-        if (j < columns) return true;
-        j -= columns;
-        const bool apart = 2 * i != rows - 1;
-        i = rows - 1 - i;
-        j += Step * i;
-        return apart;
-    }
-};
 template <class T>
 using Tiles = Triangle<Large<T>::Tall::kRows / K>;
 
@@ -176,56 +157,34 @@ __global__ void __launch_bounds__(Large<T>::Tall::kThreads, Large<T>::kResident)
         return any;
     };
     if (!find(int(blockIdx.x)) || w.skipped(p)) return;
-    constexpr int line = 128 / sizeof(T);
-    for (int e = int(threadIdx.x); e < P::kRows * K / line; e += P::kThreads) {
-        const Index i = i0 + e / (K / line), j = j0 + e % (K / line) * line;
-        if (i < g.d && j < g.d) prefetch(w.inverse(p) + i * g.inverse_row_stride + j);
-    }
+    prefetch_tile<P>(w.inverse(p), g.inverse_row_stride, g.d, i0, j0);
     T sum[4][P::kColumns] = {};
     add_product(Across<T, true>{w.minus + p * w.side * w.pitch + i0, w.pitch, int(smaller(P::kRows, w.pitch - i0))},
                 Along<T>{w.vt + (p * g.d + j0) * w.side, w.side, int(smaller(K, g.d - j0))}, panels * K, shared, sum);
     find(recomputed(int(blockIdx.x), panels));
-    T* matrix = w.inverse(p);
-    const Index i = i0 + P::row(), row = g.inverse_row_stride;
-    constexpr int parts = P::kColumns / 4;
-    bool whole[parts];
-    Four<T> old[parts][4];  // all on their way at once
-#pragma unroll
-    for (int c = 0; c < parts; ++c) {
-        const Index j = j0 + P::column(c);
-        whole[c] = Words && i < j && j + 4 <= g.d;
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-            if (whole[c]) old[c][r] = load_four(matrix + (i + r) * row + j);
+    add_to_matrix<Words, P>(w.inverse(p), g.inverse_row_stride, g.d, i0, j0, sum);
+}
+
+template <class T>
+cudaError_t multiply_all(const Large<T>& w, int panels, bool words, Queue queue) {
+    if constexpr (sizeof(T) == 4) {
+        if (w.tensor) return multiply_on_tensor_cores(w, panels, words, queue);
     }
-#pragma unroll
-    for (int c = 0; c < parts; ++c) {
-        const Index j = j0 + P::column(c);
-        if (whole[c]) {
-            T *from = matrix + i * row + j, *mirror = matrix + j * row + i;
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-#pragma unroll
-                for (int f = 0; f < 4; ++f) old[c][r].at[f] += sum[r][4 * c + f];
-                *reinterpret_cast<Four<T>*>(from + r * row) = old[c][r];
-            }
-#pragma unroll
-            for (int f = 0; f < 4; ++f) {
-                const Four<T> turned{{old[c][0].at[f], old[c][1].at[f], old[c][2].at[f], old[c][3].at[f]}};
-                *reinterpret_cast<Four<T>*>(mirror + f * row) = turned;
-            }
-        } else if (i <= j) {  // at the diagonal and at the end, one by one
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-#pragma unroll
-                for (int f = 0; f < 4; ++f)
-                    if (i + r <= j + f && j + f < g.d) {
-                        const T value = matrix[(i + r) * row + j + f] + sum[r][4 * c + f];
-                        matrix[(i + r) * row + j + f] = value;
-                        matrix[(j + f) * row + i + r] = value;
-                    }
-        }
+    using P = typename Large<T>::Tall;
+    const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
+    return launch_in_turn(multiply, w.g.batch * w.across * w.slices * panels, P::kThreads, P::bytes(), queue, w,
+                          panels);
+}
+
+template <class T>
+cudaError_t update_all(const Large<T>& w, int panels, bool words, Queue queue) {
+    if constexpr (sizeof(T) == 4) {
+        if (w.tensor) return update_on_tensor_cores(w, panels, words, queue);
     }
+    using P = typename Large<T>::Tall;
+    const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
+    const Index count = w.g.batch * Tiles<T>(w.g.d, P::kRows).count();
+    return launch_in_turn(update, count, P::kThreads, P::bytes(), queue, w, panels);
 }
 
 // Vectors first ... of a round.
@@ -234,22 +193,14 @@ cudaError_t update_round(const Large<T>& w, Index first, bool words, void* strea
     const Queue ahead{stream, Start::ahead};
     const ShermanMorrisonArgs& g = w.g;
     const int panels = int(smaller(w.panels, ceil_div(g.k - first, K)));
-    const auto multiply = words ? multiply_kernel<T, true> : multiply_kernel<T, false>;
-    const auto update = words ? update_kernel<T, true> : update_kernel<T, false>;
-    using Tall = typename Large<T>::Tall;
-    const std::size_t tall = Tall::bytes();
     const Index parts = ceil_div(w.pitch, kScaled);
     cudaError_t error =
         launch_in_turn(scale_kernel<T>, g.batch * panels * K * parts, kThreads, 0, ahead, w, first, panels);
-    if (error == cudaSuccess)
-        error =
-            launch_in_turn(multiply, g.batch * w.across * w.slices * panels, Tall::kThreads, tall, ahead, w, panels);
+    if (error == cudaSuccess) error = multiply_all(w, panels, words, ahead);
     if (error == cudaSuccess && w.slices > 1)
         error = launch_over(add_slices_kernel<T>, g.batch * w.side * w.pitch / 4, kThreads, ahead, w);
     for (int panel = 0; panel < panels && error == cudaSuccess; ++panel) error = solve_panel(w, panel, panels, ahead);
-    if (error != cudaSuccess) return error;
-    const Index count = g.batch * Tiles<T>(g.d, Tall::kRows).count();
-    return launch_in_turn(update, count, Tall::kThreads, tall, ahead, w, panels);
+    return error == cudaSuccess ? update_all(w, panels, words, ahead) : error;
 }
 
 }  // namespace

@@ -11,36 +11,39 @@
 #ifndef MTZ_ROUND_SHARE
 #define MTZ_ROUND_SHARE 8
 #endif
+#ifndef MTZ_MULTIPLY_WARPS
+#define MTZ_MULTIPLY_WARPS 4
+#endif
+#ifndef MTZ_MOST_BLOCKS
+#define MTZ_MOST_BLOCKS (2 * 132)
+#endif
 
 namespace mtz::cuda {
 
 constexpr int K = kPanel, kPanels = 4;
-constexpr int kThreads = 128;           // of most blocks
-constexpr Index kLeastSlice = 128;      // of the inner dimension of V
-constexpr Index kMostBlocks = 2 * 132;  // that are worth while: two a processor of a large device
-constexpr Index kMostChunks = 4;        // of the inner dimension of V Y^T
+constexpr int kThreads = 128;                   // of most blocks
+constexpr Index kLeastSlice = 128;              // of the inner dimension of V
+constexpr Index kSliceStep = 32;                // at the depth of pieces
+constexpr Index kMostBlocks = MTZ_MOST_BLOCKS;  // that are worth while: two a processor of a large device
+constexpr Index kMostChunks = 4;                // of the inner dimension of V Y^T
 constexpr int kChunkStep = 128;
+
+// Whether the device takes products of float32 on tensor cores (cuda/sherman_morrison_large_tensor.cu). Unlike kTensorCores
+// this asks the device, as one may run what was compiled for another.
+bool has_fast_tensor_cores();
+constexpr int kTensorRows = 32 * MTZ_MULTIPLY_WARPS;  // of a tile of V there
 
 // Sums over k of a[k, i] b[j, k] for kRows x K pairs (i, j), in pieces of kDepth: a lies in shared memory as it does in the
 // matrix, k after k, and b row after row. A thread has 4 x 4 sums side by side, and once more, so that it reads and writes
 // 16 bytes of a result both along i and along j: rows row() ..., columns column(0) ... and column(1) ....
 //
-// On tensor cores, for large tiles of float32: a warp has 32 x 32 pairs, and of its lanes g = lane / 4, t = lane % 4
-//
-//     rows 4 g ..., columns 16 h + 4 t ..., and steps 4 t ... 4 t + 3 of a piece
-//
-// as sums of products may be taken in any order: so all that a lane loads is words of 16 bytes, along i or along k. Words of
-// a are where their number, exclusive or 2 t, says: those of 8 lanes lie in all banks. Sums of a piece are taken there and
-// added up here, as tensor cores truncate; the small parts first.
-//
-// Elsewhere rows of b are kept in the order in which a thread takes them, x + 8 c: those of a warp are then next to each
+// Rows of b are kept in the order in which a thread takes them, x + 8 c: those of a warp are then next to each
 // other, and all in other banks, as the pitch is an odd number of words.
 template <class T, int Threads>
 struct Panel {
     static constexpr int kThreads = Threads, kRows = Threads / 2, kDepth = 16, kStages = 3;
     static constexpr int kColumns = K / 8, kWide = Word<T>::kCount, kPitch = kDepth + kWide;  // columns of a thread
     static constexpr int kSizeA = kDepth * kRows, kSizeB = K * kPitch;
-    static constexpr bool kMayTensor = sizeof(T) == 4 && Threads == 256;
     static_assert(kPitch / kWide % 2 == 1);
     T *a, *b;
 
@@ -54,26 +57,15 @@ struct Panel {
     // The first of four rows, and of four columns.
     __device__ static __forceinline__ int row() {
         const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-        if (kMayTensor && kTensorCores) return 32 * (warp / 2) + 4 * (lane / 4);
         return 4 * (warp * 4 + lane / 16 * 2 + lane % 2);
     }
-    __device__ static __forceinline__ int column(int h) {
-        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-        if (kMayTensor && kTensorCores) return 32 * (warp % 2) + 16 * h + 4 * (lane % 4);
-        return 32 * h + 4 * (lane / 2 % 8);
-    }
-    // Where element i of step k of a piece of a is kept, and row j of b.
-    __device__ static __forceinline__ unsigned place_a(unsigned k, unsigned i) {
-        return k * kRows + (kMayTensor && kTensorCores ? i ^ k / 4 * 8 : i);
-    }
+    __device__ static __forceinline__ int column(int h) { return 32 * h + 4 * (int(threadIdx.x) % kWarp / 2 % 8); }
+    // Where row j of b is kept.
     __device__ static __forceinline__ unsigned place_b(unsigned j) {
-        return kMayTensor && kTensorCores ? j * kDepth : (j / 4 % 8 + 8 * (j % 4 + j / 32 * 4)) * kPitch;
+        return (j / 4 % 8 + 8 * (j % 4 + j / 32 * 4)) * kPitch;
     }
 
     __device__ __forceinline__ void add(int stage, T (&sum)[4][kColumns]) const {
-        if constexpr (kMayTensor) {
-            if (kTensorCores) return add_tensor(a + stage * kSizeA, b + stage * kSizeB, sum);
-        }
         using W = Word<T>;
         const Four<T>* rows = reinterpret_cast<const Four<T>*>(a + stage * kSizeA) + row() / 4;
         const W* columns = reinterpret_cast<const W*>(b + stage * kSizeB) + column(0) / 4 * (kPitch / kWide);
@@ -90,47 +82,6 @@ struct Panel {
 #pragma unroll
                     for (int c = 0; c < kColumns; ++c) sum[r][c] = multiply_add(x.at[r], y[c].at[e], sum[r][c]);
             }
-        }
-    }
-
-    __device__ static __forceinline__ void add_tensor(const float* a, const float* b, float (&sum)[4][kColumns]) {
-        constexpr int kTiles = kColumns / 2;  // of 8 columns
-        const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-        const float* rows = a + place_a(4 * t, row());
-        const float* columns = b + place_b(column(0) - 4 * t + g / 2 * 4 + g % 2) + 4 * t;
-        Four<float> word[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) word[k] = load_four(rows + k * kRows);
-        Tf32 y[kTiles][4];
-#pragma unroll
-        for (int c = 0; c < kTiles; ++c) {
-            const Four<float> word = load_four(columns + place_b(c / 2 * 16 + c % 2 * 2));
-#pragma unroll
-            for (int k = 0; k < 4; ++k) y[c][k] = split_tf32(word.at[k]);
-        }
-#pragma unroll
-        for (int r = 0; r < 4; r += 2) {
-            Tf32 x[2][4];
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-                for (int k = 0; k < 4; ++k) x[e][k] = split_tf32(word[k].at[r + e]);
-            float part[kTiles][4] = {};
-            const auto multiply = [&](std::uint32_t Tf32::* of_x, std::uint32_t Tf32::* of_y) {
-#pragma unroll
-                for (int k = 0; k < 4; k += 2)
-#pragma unroll
-                    for (int c = 0; c < kTiles; ++c)
-                        multiply_add_tf32(part[c], x[0][k].*of_x, x[1][k].*of_x, x[0][k + 1].*of_x, x[1][k + 1].*of_x,
-                                          y[c][k].*of_y, y[c][k + 1].*of_y);
-            };
-            multiply(&Tf32::low, &Tf32::high);
-            multiply(&Tf32::high, &Tf32::low);
-            multiply(&Tf32::high, &Tf32::high);
-#pragma unroll
-            for (int c = 0; c < kTiles; ++c)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sum[r + e / 2][2 * c + e % 2] += part[c][e];
         }
     }
 };
@@ -150,7 +101,7 @@ struct Across {
         const T* from = data + (valid ? (unsigned(k) + y) * row_stride + column : 0);
 #pragma unroll(Words ? 8 : 1)
         for (int e = 0; e < P::kDepth / down; ++e)
-            copy_async<wide* int(sizeof(T))>(to + P::place_a(y + e * down, column), from + e * down * row_stride,
+            copy_async<wide* int(sizeof(T))>(to + (y + e * down) * P::kRows + column, from + e * down * row_stride,
                                              int(y) < count - k - e * down ? valid * int(sizeof(T)) : 0);
     }
 };
@@ -206,6 +157,7 @@ struct Large {
     static constexpr int kResident = sizeof(T) == 4 ? 2 : 3;  // blocks a processor, which limits registers
 
     ShermanMorrisonArgs g;
+    bool tensor;                   // products are taken on tensor cores
     Index panels, side, pitch;     // of a round; vectors of a round; of a row of Y
     Index across, length, slices;  // tiles of V; slices of the inner dimension
     Index chunk, chunks;           // of the inner dimension of V Y^T
@@ -219,13 +171,14 @@ struct Large {
     T* diagonal;                   // [batch, d]                    of the result
     T* copy;                       // [batch, d, d], if there are several rounds
 
-    Large(const ShermanMorrisonArgs& args, Workspace& space) : g(args) {
+    Large(const ShermanMorrisonArgs& args, Workspace& space)
+        : g(args), tensor(sizeof(T) == 4 && has_fast_tensor_cores()) {
         panels = smaller(larger(1, smaller(kPanels, g.d / (MTZ_ROUND_SHARE * K))), ceil_div(g.k, K));
         side = panels * K;
         pitch = ceil_div(g.d, 4) * 4;
-        across = ceil_div(g.d, Tall::kRows);
+        across = ceil_div(g.d, tensor ? kTensorRows : Tall::kRows);
         const Index wanted = larger(1, kMostBlocks / larger(1, g.batch * across * panels));
-        length = larger(kLeastSlice, ceil_div(ceil_div(g.d, wanted), Tall::kDepth) * Tall::kDepth);
+        length = larger(kLeastSlice, ceil_div(ceil_div(g.d, wanted), kSliceStep) * kSliceStep);
         slices = ceil_div(g.d, length);
         chunk = ceil_div(ceil_div(g.d, kMostChunks), kChunkStep) * kChunkStep;
         chunks = ceil_div(g.d, chunk);
@@ -237,7 +190,7 @@ struct Large {
         s = space.take<T>(g.batch * panels * chunks * K * K);
         sign = space.take<double>(g.batch * side);
         minus = space.take<T>(g.batch * side * pitch);
-        vt = space.take<T>(g.batch * g.d * side);
+        vt = space.take<T>((g.batch * g.d + K) * side);
         diagonal = space.take<T>(g.batch * g.d);
         copy = several ? space.take<T>(g.batch * g.d * g.d) : nullptr;
     }
@@ -253,6 +206,19 @@ __device__ __forceinline__ Index first_item() {
 __device__ __forceinline__ Index item_step() {
     return Index(gridDim.x) * blockDim.x;
 }
+
+// Four elements to global memory, of words.
+template <class T>
+__device__ __forceinline__ void store_global(T* to, const T (&values)[4]) {
+    if constexpr (sizeof(T) == 4)
+        store_words(to, values[0], values[1], values[2], values[3]);
+    else
+        store_four(to, values);
+}
+
+// The two products of a round on tensor cores.
+cudaError_t multiply_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue);
+cudaError_t update_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue);
 
 // S = V Y^T of panel number `panel` of `panels`, its pivots, the new V, and V of later panels without it.
 template <class T>

@@ -4,76 +4,40 @@
 //     V_b <- V_b - S_b^T X^T D (X V)
 //
 // in blocks of kTile columns, each of which works out the pivots for itself: that is less than to wait for another launch.
-#include "cuda/sherman_morrison_large.cuh"
+#include "cuda/sherman_morrison_large_product.cuh"
 
 namespace mtz::cuda {
 namespace {
 
-constexpr int kPanelThreads = 256, kTile = 32;
+constexpr int kTile = 32;
 
-// s[p, b, chunk, q, r] = sum over a chunk of j of V[q, j] Y[r, j], q of this panel and r of panel b, a warp for 4 x 4 of
-// them; rows end in zeros
-template <class T>
-__global__ void __launch_bounds__(kPanelThreads, 1) small_product_kernel(Large<T> w, int panel, int panels) {
-    constexpr int side = K / 4, wide = Word<T>::kCount;
-    wait_for_launch();
-    const int lane = int(threadIdx.x) % kWarp, later = panels - panel;
-    const Index warp = first_item() / kWarp, warps = item_step() / kWarp;
-    for (Index e = warp; e < w.g.batch * later * w.chunks * side * side; e += warps) {
-        const int r = int(e % side) * 4, q = int(e / side % side) * 4;
-        const Index place = e / (side * side), chunk = place % w.chunks, b = panel + place / w.chunks % later;
-        const Index p = place / w.chunks / later;
-        if ((b == panel && r / Pivots<T>::kBlock > q / Pivots<T>::kBlock) || w.skipped(p))
-            continue;  // for a whole warp
-        const T* v = w.v + (p * w.side + panel * K + q) * w.pitch;
-        const T* y = w.y + (p * w.side + b * K + r) * w.pitch;
-        const Index last = smaller(w.pitch, (chunk + 1) * w.chunk);
-        T sum[4][4] = {};
-#pragma unroll(sizeof(T) == 4 ? 4 : 2)
-        for (Index j = chunk * w.chunk + lane * wide; j < last; j += kWarp * wide) {
-            Word<T> at_y[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) at_y[c] = *reinterpret_cast<const Word<T>*>(y + c * w.pitch + j);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const Word<T> x = *reinterpret_cast<const Word<T>*>(v + i * w.pitch + j);
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-#pragma unroll
-                    for (int f = 0; f < wide; ++f) sum[i][c] = multiply_add(x.at[f], at_y[c].at[f], sum[i][c]);
-            }
-        }
-        T* to = w.s + ((p * w.panels + b) * w.chunks + chunk) * K * K + q * K + r;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                T total = sum[i][c];
-#pragma unroll
-                for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-                if (lane == 0) to[i * K + c] = total;
-            }
-    }
-}
-
-// The panel's columns j0 ... in shared memory. A thread has four rows and two columns of a product.
+// The panel's columns j0 ... in shared memory. A thread has eight elements of a product, sum[r][c] in row row + down(r) and
+// column column + along(r) + c: on tensor cores of 16 x 16 a warp, elsewhere four rows and two columns.
 template <class T>
 struct Columns {
+    static constexpr bool kMayTensor = sizeof(T) == 4;
+    static constexpr int kTilePitch = kMayTensor ? kTile + 8 : kTile;  // rows of a tile are 8 banks apart
     const Large<T>& w;
     Pivots<T> pivots;
-    T* tile;  // [K, kTile] V, then D X V, then X^T D X V
+    T* tile;  // [K, kTilePitch] V, then D X V, then X^T D X V
     Index p, j0;
     int row, column;
 
     __device__ __forceinline__ Columns(const Large<T>& work, SharedMemory& memory, Index p, Index j0)
         : w(work), p(p), j0(j0), row(int(threadIdx.x) / 16 * 4), column(int(threadIdx.x) % 16 * 2) {
         pivots.take(memory);
-        tile = memory.take<T>(K * kTile);
+        tile = memory.take<T>(K * kTilePitch);
+        if (!kMayTensor || !kTensorCores) return;
+        const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+        row = warp / 2 * 16 + lane / 4;
+        column = warp % 2 * 16 + lane % 4 * 2;
     }
+    __device__ static __forceinline__ int down(int r) { return kMayTensor && kTensorCores ? r % 2 * 8 : r; }
+    __device__ static __forceinline__ int along(int r) { return kMayTensor && kTensorCores ? r / 2 * 8 : 0; }
     static std::size_t bytes() {
         CountedMemory memory;
         Pivots<T>().take(memory);
-        memory.take<T>(K * kTile);
+        memory.take<T>(K * kTilePitch);
         return memory.size.bytes();
     }
 
@@ -83,7 +47,7 @@ struct Columns {
         for (int e = int(threadIdx.x); e < K * across; e += kPanelThreads) {
             const int q = e / across, j = e % across * wide;
             const bool any = j0 + j < w.pitch;
-            copy_async<16>(tile + q * kTile + j, from + (any ? q * w.pitch + j : 0), any ? 16 : 0);
+            copy_async<16>(tile + q * kTilePitch + j, from + (any ? q * w.pitch + j : 0), any ? 16 : 0);
         }
         copy_async_commit();
     }
@@ -107,12 +71,36 @@ struct Columns {
             store_four(to + e * down * Pivots<T>::kPitch, sum.at);
         }
     }
+    // sum = a tile by a warp on tensor cores, of rows first ... last - 1 of the tile; a(k) are eight elements: of rows row and
+    // row + 8, columns k, k + 4, k + 8 and k + 12
+    template <class A>
+    __device__ __forceinline__ void multiply_tensor(int first, int last, A a, float (&sum)[4][2]) const {
+        const int g = int(threadIdx.x) % kWarp / 4, t = int(threadIdx.x) % 4;
+        const float* from = tile + column - 2 * t + g;
+        tensor::Tile product[1][2] = {};
+#pragma unroll 1
+        for (int k = first + t; k < last; k += 16) {
+            Tf32 left[1][2][4], right[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                left[0][e / 4][e % 4] = split_tf32(a(e / 4 * 8, k + e % 4 * 4));
+                right[e / 4][e % 4] = split_tf32(from[(k + e % 4 * 4) * kTilePitch + e / 4 * 8]);
+            }
+            tensor::multiply_add<1>(product, left, right);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e / 2][e % 2] = product[0][e / 4][e % 4];
+    }
     // sum = a^T tile, a [K, K] with a pitch; rows of the tile from `first` on
     __device__ __forceinline__ void multiply_turned(const T* a, int first, T (&sum)[4][2]) const {
+        if constexpr (kMayTensor) {
+            const auto turned = [&](int below, int k) { return a[k * Pivots<T>::kPitch + row + below]; };
+            if (kTensorCores) return multiply_tensor(first, K, turned, sum);
+        }
 #pragma unroll 4
         for (int k = first; k < K; ++k) {
             const Four<T> x = load_four(a + k * Pivots<T>::kPitch + row);
-            const T *y = tile + k * kTile + column, y0 = y[0], y1 = y[1];
+            const T *y = tile + k * kTilePitch + column, y0 = y[0], y1 = y[1];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 sum[r][0] = multiply_add(x.at[r], y0, sum[r][0]);
@@ -123,6 +111,11 @@ struct Columns {
     // sum = X tile
     __device__ __forceinline__ void multiply(T (&sum)[4][2]) const {
         const int last = (row / Pivots<T>::kBlock + 1) * Pivots<T>::kBlock;
+        if constexpr (kMayTensor) {
+            const T* x = pivots.inverse + row * Pivots<T>::kPitch;
+            const auto straight = [&](int below, int k) { return x[below * Pivots<T>::kPitch + k]; };
+            if (kTensorCores) return multiply_tensor(0, last, straight, sum);
+        }
 #pragma unroll 2
         for (int k = 0; k < last; k += 4) {
             Four<T> x[4];
@@ -130,7 +123,7 @@ struct Columns {
             for (int r = 0; r < 4; ++r) x[r] = load_four(pivots.inverse + (row + r) * Pivots<T>::kPitch + k);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const T *y = tile + (k + e) * kTile + column, y0 = y[0], y1 = y[1];
+                const T *y = tile + (k + e) * kTilePitch + column, y0 = y[0], y1 = y[1];
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     sum[r][0] = multiply_add(x[r].at[e], y0, sum[r][0]);
@@ -142,9 +135,9 @@ struct Columns {
     __device__ __forceinline__ void keep(const T (&sum)[4][2], bool with_sign) const {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const T sign = with_sign ? pivots.sign[row + r] : T(1);
+            const T sign = with_sign ? pivots.sign[row + down(r)] : T(1);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) tile[(row + r) * kTile + column + c] = sign * sum[r][c];
+            for (int c = 0; c < 2; ++c) tile[(row + down(r)) * kTilePitch + column + along(r) + c] = sign * sum[r][c];
         }
     }
     // -D V and V^T for the update
@@ -152,13 +145,19 @@ struct Columns {
         T* minus = w.minus + (p * w.side + panel * K + row) * w.pitch + j0 + column;
         T* turned = w.vt + (p * w.g.d + j0 + column) * w.side + panel * K + row;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            if (j0 + column + c >= w.pitch) return;
+        for (int r = 0; r < 4; ++r)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) minus[r * w.pitch + c] = -pivots.sign[row + r] * sum[r][c];
-            if (j0 + column + c >= w.g.d) continue;
+            for (int c = 0; c < 2; ++c) {
+                const int j = along(r) + c;
+                if (j0 + column + j < w.pitch) minus[down(r) * w.pitch + j] = -pivots.sign[row + down(r)] * sum[r][c];
+                if (kMayTensor && kTensorCores && j0 + column + j < w.g.d) turned[j * w.side + down(r)] = sum[r][c];
+            }
+        if (kMayTensor && kTensorCores) return;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            if (j0 + column + c >= w.g.d) return;
             const T four[4] = {sum[0][c], sum[1][c], sum[2][c], sum[3][c]};
-            store_four(turned + c * w.side, four);
+            store_global(turned + c * w.side, four);
         }
     }
     // What the diagonal will be, a column a thread; the status of the last panel's
@@ -168,7 +167,7 @@ struct Columns {
         T x = panel == 0 ? w.inverse(p)[j * w.g.inverse_row_stride + j] : w.diagonal[p * w.g.d + j];
 #pragma unroll 8
         for (int q = 0; q < K; ++q) {
-            const T v = tile[q * kTile + threadIdx.x];
+            const T v = tile[q * kTilePitch + threadIdx.x];
             x = multiply_add(-pivots.sign[q] * v, v, x);
         }
         w.diagonal[p * w.g.d + j] = x;
@@ -180,7 +179,7 @@ struct Columns {
         for (int r = 0; r < 4; ++r)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-                if (j0 + column + c < w.pitch) v[r * w.pitch + c] -= sum[r][c];
+                if (j0 + column + along(r) + c < w.pitch) v[down(r) * w.pitch + along(r) + c] -= sum[r][c];
     }
 };
 
@@ -229,9 +228,10 @@ __global__ void __launch_bounds__(kPanelThreads, 1) solve_kernel(Index first_blo
 
 template <class T>
 cudaError_t solve_panel(const Large<T>& w, int panel, int panels, Queue queue) {
-    const Index warps = w.g.batch * (panels - panel) * w.chunks * (K * K / 16);
-    const cudaError_t error =
-        launch_over(small_product_kernel<T>, warps * kWarp, kPanelThreads, queue, w, panel, panels);
+    // as many blocks for 16 x 8 each as for eight warps that have 4 x 4
+    const Index blocks = w.g.batch * (panels - panel) * w.chunks * (K * K / kProduct);
+    const std::size_t sums = sizeof(T) == 4 ? SharedSize().add(4, kPanelThreads / kWarp * kProduct).bytes() : 0;
+    const cudaError_t error = launch(small_product_kernel<T>, blocks, kPanelThreads, sums, queue, w, panel, panels);
     if (error != cudaSuccess) return error;
     return launch_in_turn(solve_kernel<T>, w.g.batch * ceil_div(w.g.d, kTile), kPanelThreads, Columns<T>::bytes(),
                           queue, w, panel, panels);

@@ -124,11 +124,11 @@ struct Resident {
     __device__ __forceinline__ int judge(To to) const {
         int worst = kUpdated;
         for (int i = thread; i < g.d; i += threads) {
-            const int status = judge_diagonal(double(*to(i, i)));
+            const int status = judge_diagonal(*to(i, i));
             if (status > worst) worst = status;
         }
-        if (sync_block_any(worst == kNotFinite)) return kNotFinite;
-        return sync_block_any(worst == kIndefinite) ? kIndefinite : kUpdated;
+        if (!sync_block_any(worst != kUpdated)) return kUpdated;
+        return sync_block_any(worst == kNotFinite) ? kNotFinite : kIndefinite;
     }
 
     template <class To>

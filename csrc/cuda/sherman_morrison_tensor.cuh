@@ -16,43 +16,6 @@ struct alignas(8) Two {
     float at[2];
 };
 
-// 16 x 8 of a product
-using Tile = float[4];
-
-// sum += a b over sixteen steps: a's rows g and g + 8, b's columns g of each tile. Only these are summed by the hardware, in
-// small terms first, as it truncates its sums; where there are few tiles, in two parts that do not wait for each other.
-template <int M, int N>
-__device__ __forceinline__ void multiply_add(Tile (*sum)[N], const Tf32 (&a)[M][2][4], const Tf32 (&b)[N][4]) {
-    constexpr int parts = M * N <= 2 ? 2 : 1;
-    Tile part[parts][M][N] = {};
-#pragma unroll
-    for (int term = 0; term < 3; ++term)
-#pragma unroll
-        for (int e = 0; e < 4; e += 2)
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int n = 0; n < N; ++n) {
-                    const Tf32 &a0 = a[m][0][e], &a1 = a[m][1][e], &a2 = a[m][0][e + 1], &a3 = a[m][1][e + 1];
-                    const Tf32 &b0 = b[n][e], &b1 = b[n][e + 1];
-                    Tile& to = part[e / 2 % parts][m][n];
-                    if (term == 0)
-                        multiply_add_tf32(to, a0.low, a1.low, a2.low, a3.low, b0.high, b1.high);
-                    else
-                        multiply_add_tf32(to, a0.high, a1.high, a2.high, a3.high, term == 1 ? b0.low : b0.high,
-                                          term == 1 ? b1.low : b1.high);
-                }
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if constexpr (parts == 2) part[0][m][n][e] += part[1][m][n][e];
-                sum[m][n][e] += part[0][m][n][e];
-            }
-}
-
 __device__ __forceinline__ void split(const Four<float>& values, Tf32 (&to)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) to[e] = split_tf32(values.at[e]);

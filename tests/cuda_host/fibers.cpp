@@ -49,16 +49,17 @@ cuda_host_switch:
 #endif
 
 namespace cuda_host {
-namespace {
-
-constexpr std::size_t kStack = 64 << 10;
-constexpr int kLanes = 32;
-constexpr int kSharedMemory = 99 << 10;  // of a block on the smallest device that is built for
 
 [[noreturn]] void fail(const char* what) {
     std::fprintf(stderr, "cuda_host: %s\n", what);
     std::exit(3);
 }
+
+namespace {
+
+constexpr std::size_t kStack = 64 << 10;
+constexpr int kLanes = 32;
+constexpr int kSharedMemory = 99 << 10;  // of a block on the smallest device that is built for
 
 class Context {
   public:

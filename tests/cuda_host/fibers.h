@@ -22,6 +22,7 @@ extern const int fault;
 // Whether products are taken on tensor cores: unless CUDA_HOST_TENSOR_CORES is 0.
 extern const bool tensor_cores;
 
+[[noreturn]] void fail(const char* what);
 char* shared_piece(std::size_t at, std::size_t bytes);
 bool wait_block(bool value);  // whether any thread of the block came with true
 void wait_grid();

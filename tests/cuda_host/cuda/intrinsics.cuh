@@ -74,10 +74,21 @@ void copy_async_wait() {
     cuda_host::copy_wait(N);
 }
 
+struct alignas(16) GlobalWords {
+    float at[4];
+};
+inline void store_words(float* global, float a, float b, float c, float d) {
+    if (reinterpret_cast<std::uintptr_t>(global) % 16) cuda_host::fail("a store of 16 bytes is not aligned to them");
+    *reinterpret_cast<GlobalWords*>(global) = {{a, b, c, d}};
+}
+
 inline void prefetch(const void*) {}
 
 inline void sync_block() {
     cuda_host::wait_block(false);
+}
+inline void sync_warp() {
+    cuda_host::exchange(0, 0);
 }
 inline bool sync_block_any(bool value) {
     return cuda_host::wait_block(value);
