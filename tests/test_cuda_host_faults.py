@@ -357,7 +357,6 @@ FAULTS = {
         "no barrier before V is replaced": (LARGE_PANELS, "«sync_block();»  // nobody needs the old V", ""),
         "no barrier before D V is used": (LARGE_PANELS, "«sync_block();»  // D V is there", ""),
         "no barrier before D V is replaced": (LARGE_PANELS, "«sync_block();»  // nobody needs D V", ""),
-        "no barrier before another S": (LARGE_PANELS, "«sync_block();»  // nobody needs S", ""),
         "later panels keep this one": (LARGE_PANELS, "along(r) + c] -= «sum[r][c]»;", "T(0)"),
         "no barrier before warps are added up": (LARGE_SMALL, "«sync_block();»  // sums of all warps", ""),
         "no barrier before the next sums": (LARGE_SMALL, "«sync_block();»  // nobody needs these sums", ""),
@@ -384,6 +383,7 @@ FAULTS = {
         "no barrier before panels are coupled": (LARGE_PANELS, "«sync_block();»  // S and X^T D V", ""),
     },
     probe_plain_large_inverses: {
+        "no barrier before another S": (LARGE_PANELS, "«sync_block();»  // nobody needs S", ""),
         "no barrier before a piece is used": (LARGE_PRODUCT, "«sync_block();»  // this piece is there", ""),
         "copies not waited for": (LARGE_PRODUCT, "«copy_async_wait<1>();»", "copy_async_wait<2>();"),
         "the next piece over one in use": (LARGE_PRODUCT, "kDepth, «(piece + 2) % P::kStages»)", "piece % P::kStages"),
