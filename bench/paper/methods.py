@@ -71,7 +71,6 @@ def one_after_another(case: Case, images: Images, seed: int) -> mtzip.ZippedNetw
         {name: images[name] for name in names[:2]},
         share=case.share,
         keep_moments=True,
-        reconstructions=case.reconstructions,
     )
     for name in names[2:]:
         result = mtzip.add_network(result, name, case.networks[name], images[name], share=case.share)

@@ -62,7 +62,7 @@ def at_both_shares(
     """Networks zipped at 90 % and 100 %; ``tasks`` may have others too."""
     title = f"{len(networks)} ResNet-20: {', '.join(networks)}"
     recipe = {"calibration": 500 if quick else 4000, "shift": 3, "flips": ("cifar10", "cifar10 b", "fashion"), **GENTLE}
-    recipe["reconstructions"] = 0  # measured: +0.50 in place of +0.98 for three, as features are imitated
+    recipe["reconstructions"] = 0  # with features imitated: of three networks +0.50 in place of +0.98
     chosen = {name: tasks[name] for name in networks}
     for share in (0.9, 1.0):
         yield Case(title, networks, chosen, PAPER, methods, share, 0 if quick else STEPS, **recipe)

@@ -36,6 +36,15 @@ std::size_t workspace_bytes(const ShermanMorrisonArgs& g) {
 
 }  // namespace
 
+bool has_fast_tensor_cores() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+        return false;
+    return major == 10 || ((major == 8 || major == 9) && minor == 0);
+}
+
 cudaError_t find_vector_order(const ShermanMorrisonArgs& g, Index* order, void* stream) {
     constexpr int threads = 128;
     return launch(vector_order_kernel, g.batch, threads, SharedSize().add(sizeof(Index), threads + 1).bytes(), stream,

@@ -123,6 +123,8 @@ __device__ __forceinline__ void order_vectors(const double* weight, Index stride
 
 // The ways: each matrix in shared memory through all its updates, of float32 on tensor cores where these are fast, or all
 // matrices in passes over the whole device.
+// Unlike kTensorCores this asks the device, as one may run what was compiled for another.
+bool has_fast_tensor_cores();
 bool fits_tensor_cores(Index d);
 Status update_tensor(const ShermanMorrisonArgs& g, void* workspace, void* stream);
 template <class T>

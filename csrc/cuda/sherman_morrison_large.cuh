@@ -11,27 +11,18 @@
 #ifndef MTZ_ROUND_SHARE
 #define MTZ_ROUND_SHARE 8
 #endif
-#ifndef MTZ_MULTIPLY_WARPS
-#define MTZ_MULTIPLY_WARPS 4
-#endif
-#ifndef MTZ_MOST_BLOCKS
-#define MTZ_MOST_BLOCKS (2 * 132)
-#endif
 
 namespace mtz::cuda {
 
 constexpr int K = kPanel, kPanels = 4;
-constexpr int kThreads = 128;                   // of most blocks
-constexpr Index kLeastSlice = 128;              // of the inner dimension of V
-constexpr Index kSliceStep = 32;                // at the depth of pieces
-constexpr Index kMostBlocks = MTZ_MOST_BLOCKS;  // that are worth while: two a processor of a large device
-constexpr Index kMostChunks = 4;                // of the inner dimension of V Y^T
+constexpr int kThreads = 128;           // of most blocks
+constexpr Index kLeastSlice = 128;      // of the inner dimension of V
+constexpr Index kSliceStep = 32;        // at the depth of pieces
+constexpr Index kMostBlocks = 2 * 132;  // that are worth while: two a processor of a large device
+constexpr Index kMostChunks = 4;        // of the inner dimension of V Y^T
 constexpr int kChunkStep = 128;
 
-// Whether the device takes products of float32 on tensor cores (cuda/sherman_morrison_large_tensor.cu). Unlike kTensorCores
-// this asks the device, as one may run what was compiled for another.
-bool has_fast_tensor_cores();
-constexpr int kTensorRows = 32 * MTZ_MULTIPLY_WARPS;  // of a tile of V there
+constexpr int kTensorRows = 128;  // of a tile of V on tensor cores (cuda/sherman_morrison_large_tensor.cu)
 
 // Sums over k of a[k, i] b[j, k] for kRows x K pairs (i, j), in pieces of kDepth: a lies in shared memory as it does in the
 // matrix, k after k, and b row after row. A thread has 4 x 4 sums side by side, and once more, so that it reads and writes

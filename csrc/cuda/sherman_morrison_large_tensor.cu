@@ -8,15 +8,14 @@ namespace {
 
 // For V, of one panel or two, and for the update.
 template <int Panels>
-using Tall = TensorPanel<kTensorRows / 32, Panels, MTZ_MULTIPLY_DEPTH, MTZ_MULTIPLY_STAGES>;
-using Update = TensorPanel<MTZ_UPDATE_WARPS, 1, 32, 2>;
+using Tall = TensorPanel<kTensorRows / 32, Panels, 32, 3>;
+using Update = TensorPanel<2, 1, 32, 2>;
 using Tiles = Triangle<Update::kRows / K>;
 static_assert(kSliceStep % Tall<1>::kDepth == 0);
 
 // partial[slice, p, q, j] = sum over a slice of i of Y[q, i] A^-1[i, j]
 template <bool Words, int Panels>
-__global__ void __launch_bounds__(Tall<Panels>::kThreads,
-                                  Panels == 1 ? MTZ_MULTIPLY_RESIDENT : larger(1, MTZ_MULTIPLY_RESIDENT / 2))
+__global__ void __launch_bounds__(Tall<Panels>::kThreads, 2 / Panels)
     multiply_kernel(Index first_block, Large<float> w, int panels) {
     using P = Tall<Panels>;
     if (!kTensorCores) return;
@@ -46,8 +45,7 @@ __global__ void __launch_bounds__(Tall<Panels>::kThreads,
 
 // A^-1 -= V^T D V in tiles of the upper triangle, and their mirror images.
 template <bool Words>
-__global__ void __launch_bounds__(Update::kThreads, MTZ_UPDATE_RESIDENT)
-    update_kernel(Index first_block, Large<float> w, int panels) {
+__global__ void __launch_bounds__(Update::kThreads, 4) update_kernel(Index first_block, Large<float> w, int panels) {
     if (!kTensorCores) return;
     SharedMemory memory;
     const Update shared(memory);
@@ -72,15 +70,6 @@ __global__ void __launch_bounds__(Update::kThreads, MTZ_UPDATE_RESIDENT)
 
 }  // namespace
 
-bool has_fast_tensor_cores() {
-    int device = 0, major = 0, minor = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-        return false;
-    return major == 10 || ((major == 8 || major == 9) && minor == 0);
-}
-
 template <int Panels>
 cudaError_t multiply_panels(const Large<float>& w, int panels, bool words, Queue queue) {
     const auto multiply = words ? multiply_kernel<true, Panels> : multiply_kernel<false, Panels>;
@@ -90,8 +79,7 @@ cudaError_t multiply_panels(const Large<float>& w, int panels, bool words, Queue
 
 // Two panels at a time, if they are of an even number: then an element comes from L2 for both.
 cudaError_t multiply_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue) {
-    return panels % MTZ_MULTIPLY_PANELS == 0 ? multiply_panels<MTZ_MULTIPLY_PANELS>(w, panels, words, queue)
-                                             : multiply_panels<1>(w, panels, words, queue);
+    return panels % 2 == 0 ? multiply_panels<2>(w, panels, words, queue) : multiply_panels<1>(w, panels, words, queue);
 }
 
 cudaError_t update_on_tensor_cores(const Large<float>& w, int panels, bool words, Queue queue) {

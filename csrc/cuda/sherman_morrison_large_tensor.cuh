@@ -1,5 +1,5 @@
-// The product of large inverses on tensor cores. Sums over k of a[k, i] b[j, k] for kRows x kColumns pairs (i, j), 32 x K a warp, so
-// that an element of the larger matrix is split into its parts once. Of the lanes of a warp g = lane / 4, t = lane % 4 has
+// The product of large inverses on tensor cores. Sums over k of a[k, i] b[j, k] for kRows x kColumns pairs (i, j), 32 x K
+// a warp, so that an element of the larger matrix is split into its parts once. Of its lanes g = lane / 4, t = lane % 4 has
 //
 //     rows 4 g ..., columns 16 c + 4 t ..., and steps 4 t ... 4 t + 3 of sixteen
 //
@@ -10,35 +10,13 @@
 
 #include "cuda/sherman_morrison_large.cuh"
 
-#ifndef MTZ_TENSOR_TOGETHER
-#define MTZ_TENSOR_TOGETHER 4
-#endif
-#ifndef MTZ_MULTIPLY_DEPTH
-#define MTZ_MULTIPLY_DEPTH 32
-#endif
-#ifndef MTZ_MULTIPLY_STAGES
-#define MTZ_MULTIPLY_STAGES 3
-#endif
-#ifndef MTZ_MULTIPLY_RESIDENT
-#define MTZ_MULTIPLY_RESIDENT 2
-#endif
-#ifndef MTZ_MULTIPLY_PANELS
-#define MTZ_MULTIPLY_PANELS 2
-#endif
-#ifndef MTZ_UPDATE_WARPS
-#define MTZ_UPDATE_WARPS 2
-#endif
-#ifndef MTZ_UPDATE_RESIDENT
-#define MTZ_UPDATE_RESIDENT 4
-#endif
-
 namespace mtz::cuda {
 
 template <int Warps, int Panels, int Depth, int Stages>
 struct TensorPanel {
     static constexpr int kThreads = Warps * Panels * kWarp, kRows = Warps * 32, kColumns = Panels * K;
     static constexpr int kDepth = Depth, kStages = Stages, kPanels = Panels;
-    static constexpr int kTogether = MTZ_TENSOR_TOGETHER, kParts = K / 8 / kTogether;  // tiles of 8 columns
+    static constexpr int kTogether = 4, kParts = K / 8 / kTogether;  // tiles of 8 columns
     static constexpr int kSizeA = kDepth * kRows, kSizeB = kColumns * kDepth;
     static_assert(kDepth == 16 || kDepth == 32);
     float *a, *b;

@@ -131,17 +131,13 @@ Status update(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
 }  // namespace
 }  // namespace tensor
 
-// Unlike kTensorCores this asks the device, as one may run what was compiled for another.
 bool fits_tensor_cores(Index d) {
     using namespace tensor;
-    int device = 0, major = 0, minor = 0, most = 0;
-    if (d > Wide::kMost || cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+    int device = 0, most = 0;
+    if (d > Wide::kMost || !has_fast_tensor_cores() || cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return false;
-    const bool fast = major == 10 || ((major == 8 || major == 9) && minor == 0);
-    return fast && (d <= Narrow::kMost ? shared_bytes<Narrow>(d) : shared_bytes<Wide>(d)) <= std::size_t(most);
+    return (d <= Narrow::kMost ? shared_bytes<Narrow>(d) : shared_bytes<Wide>(d)) <= std::size_t(most);
 }
 
 Status update_tensor(const ShermanMorrisonArgs& g, void* workspace, void* stream) {
