@@ -64,7 +64,7 @@ def planned(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
 
 
 def one_after_another(case: Case, images: Images, seed: int) -> mtzip.ZippedNetwork:
-    """The first two zipped, every other added with its own images alone."""
+    """The first two zipped with the library's own reconstructions, every other added with its own images alone."""
     names = list(case.networks)
     result = mtzip.zip_networks(
         {name: case.networks[name] for name in names[:2]},
