@@ -85,11 +85,9 @@ struct Pivots {
             if (kTensorCores) {
                 const int g = lane / 4, t = lane % 4;
                 Tf32 left[1][2][4], right[N][4];
-#pragma unroll
-                for (int e = 0; e < 8; ++e)
-                    left[0][e / 4][e % 4] = split_tf32(a[(g + e / 4 * 8) * pitch + t + e % 4 * 4]);
-#pragma unroll
-                for (int e = 0; e < 4 * N; ++e) right[e / 4][e % 4] = split_tf32(b(t + e % 4 * 4, g + e / 4 * 8));
+                tensor::load_split(
+                    left, right, [&](int r, int k) { return a[(g + r) * pitch + t + k]; },
+                    [&](int k, int c) { return b(t + k, g + c); });
                 tensor::Tile sum[1][N] = {};
                 tensor::multiply_add<1, 4>(sum, left, right);
 #pragma unroll

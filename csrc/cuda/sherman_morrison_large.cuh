@@ -1,4 +1,5 @@
-// What the kernels for large inverses share: their workspace, and the product that nearly all of the time goes into.
+// What the kernels for large inverses share: their workspace, and the product that nearly all of the time goes into where
+// tensor cores are not fast, and of float64.
 //
 // A panel is K vectors. Up to kPanels of them make a round, which goes over the matrix twice: once for V = Y A^-1, once for
 // the update. Of vectors that are many beside d, a round takes out nearly all of the matrix at once, and what is left has its

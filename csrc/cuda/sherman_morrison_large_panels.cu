@@ -1,5 +1,5 @@
-// One panel of a round of large inverses, its V given: S = V Y^T with itself and with the panels behind it, shared out among
-// many warps and chunks of columns; then V <- X V and what that takes out of V in later panels,
+// One panel of a round of large inverses, its V given: S = V Y^T with itself and with the panels behind it
+// (cuda/sherman_morrison_large_product.cuh), then V <- X V and what that takes out of V in later panels,
 //
 //     V_b <- V_b - S_b^T X^T D (X V)
 //
@@ -81,11 +81,9 @@ struct Columns {
 #pragma unroll 1
         for (int k = first + t; k < last; k += 16) {
             Tf32 left[1][2][4], right[2][4];
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                left[0][e / 4][e % 4] = split_tf32(a(e / 4 * 8, k + e % 4 * 4));
-                right[e / 4][e % 4] = split_tf32(from[(k + e % 4 * 4) * kTilePitch + e / 4 * 8]);
-            }
+            tensor::load_split(
+                left, right, [&](int r, int at) { return a(r, k + at); },
+                [&](int at, int c) { return from[(k + at) * kTilePitch + c]; });
             tensor::multiply_add<1>(product, left, right);
         }
 #pragma unroll

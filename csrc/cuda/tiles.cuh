@@ -39,4 +39,14 @@ __device__ __forceinline__ void multiply_add(Tile (*sum)[N], const Tf32 (&a)[M][
             }
 }
 
+// A lane's slots of sixteen steps, in its two rows of a and its columns of N tiles of b: a(row, step) and b(step, column),
+// counted from the first ones of the lane.
+template <int N, class A, class B>
+__device__ __forceinline__ void load_split(Tf32 (&left)[1][2][4], Tf32 (&right)[N][4], A a, B b) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) left[0][e / 4][e % 4] = split_tf32(a(e / 4 * 8, e % 4 * 4));
+#pragma unroll
+    for (int e = 0; e < 4 * N; ++e) right[e / 4][e % 4] = split_tf32(b(e % 4 * 4, e / 4 * 8));
+}
+
 }  // namespace mtz::cuda::tensor
