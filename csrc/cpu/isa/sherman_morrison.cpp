@@ -15,7 +15,7 @@ void run(const ShermanMorrisonArgs& g, T* work, int threads) {
     threads = worth(threads, double(g.batch * g.k) * double(g.d * g.d) * 3 / kPanel<T>);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (Index p = 0; p < g.batch; ++p)
-        g.status[p] = update_small<T>(g, p, work + thread_number() * small_workspace<T>(g.d));
+        g.status[p] = update_small<T>(g, p, p + threads, work + thread_number() * small_workspace<T>(g.d));
 }
 
 template <class T>

@@ -11,11 +11,12 @@ namespace mtz::cpu::MTZ_ISA {
 
 constexpr Index kSmall = 256;  // up to here a matrix stays in one core's second-level cache
 
-// Many small matrices: one thread a matrix, on a copy in cache through all its updates, in blocks of P vectors.
+// Many small matrices: one thread a matrix, on a copy in cache through all its updates, in blocks of P vectors. `next` is
+// the matrix that this thread will probably take next, brought into cache meanwhile; g.batch and more for none.
 template <class T>
 Index small_workspace(Index d);  // elements, a thread
 template <class T>
-int update_small(const ShermanMorrisonArgs& args, Index p, T* work);
+int update_small(const ShermanMorrisonArgs& args, Index p, Index next, T* work);
 
 // One large matrix at a time: all threads, in place, in blocks of up to kBlock vectors.
 constexpr Index kBlock = 128;

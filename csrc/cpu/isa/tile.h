@@ -84,34 +84,35 @@ inline void add_tile(const T* a, const T* b, const Walk& walk, T* tile, Index ti
         tile_rows<T, Op>(a + i, b, walk, tile + i * tile_row, tile_row);
 }
 
-// tile[i, j] += sum_k a[i, k] * b[k, j]: the product where a is rows, `a_row` elements apart, as the matrix it is a part
-// of has them. tile is [P, P].
+// tile[i, j] = sum_k a[i, k] * b[k, j] for the rows i of one panel of a symmetric matrix of which the upper triangle of
+// tiles is right: the first `above` elements of a row are read as a column. `column` is the top of the panel's columns,
+// rows `row` elements apart; b is [count, P] and tile [P, P].
 template <class T>
-inline void add_tile_of_rows(const T* a, Index a_row, const T* b, Index count, T* tile) {
+inline void tile_of_symmetric(const T* column, Index row, Index above, const T* b, Index count, T* tile) {
     constexpr int P = kPanel<T>, vectors = P / Simd<T>::kLanes, rows = kRegisterRows<T>;
     static_assert(rows % 2 == 0);
     for (int i0 = 0; i0 < P; i0 += rows) {
         Vector<T> sum[rows][vectors] = {};
-        constexpr int heads = rows % 4 == 0 ? rows / 4 : 1, each = rows / heads;  // few addresses for many rows
-        const T* head[heads];
-#pragma GCC unroll 4
-        for (int h = 0; h < heads; ++h) head[h] = a + (i0 + h * each) * a_row;
-        for (Index k = 0; k < count; ++k) {
+        const auto add = [&](const T* bk, auto&& a) {
             Vector<T> bv[vectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) bv[v] = load(b + k * P + v * Simd<T>::kLanes);
+            for (int v = 0; v < vectors; ++v) bv[v] = load(bk + v * Simd<T>::kLanes);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors; ++v) sum[i][v] += bv[v] * head[i / each][i % each * a_row + k];
-        }
+                for (int v = 0; v < vectors; ++v) sum[i][v] += bv[v] * a(i);
+        };
+        for (Index k = 0; k < above; ++k) add(b + k * P, [&](int i) { return column[k * row + i0 + i]; });
+        constexpr int heads = rows % 4 == 0 ? rows / 4 : 1, each = rows / heads;  // few addresses for many rows
+        const T* head[heads];
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; ++h) head[h] = column + (above + i0 + h * each) * row;
+        for (Index k = above; k < count; ++k)
+            add(b + k * P, [&](int i) { return head[i / each][i % each * row + k - above]; });
 #pragma GCC unroll 16
         for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) {
-                T* t = tile + (i0 + i) * P + v * Simd<T>::kLanes;
-                store(t, load(t) + sum[i][v]);
-            }
+            for (int v = 0; v < vectors; ++v) store(tile + (i0 + i) * P + v * Simd<T>::kLanes, sum[i][v]);
     }
 }
 
