@@ -203,3 +203,17 @@ def test_small_networks_of_the_other_tests():
     zipped = mtzip.zip_networks({"a": small(3, 0), "b": small(4, 1)}, data)
     assert zipped.orders["a"].keys() == {"norm", "hidden"}
     assert len(retrain(zipped, data, 2, distill="both", accumulate=2)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (4, 5)], ids=str)
+def test_reordered_channels_are_the_same_numbers_in_the_same_layout(dtype, shape):
+    """In half precision they are a product with ones and zeros, which must not round."""
+    value = noise(*shape).to(dtype)
+    if value.dim() == 4:
+        value = value.to(memory_format=torch.channels_last)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    (got,) = in_stored_order({"layer": [value]}, {"layer": order}, set())["layer"]
+    assert torch.equal(got, value[:, order])
+    if dtype != torch.float32:
+        assert got.stride() == value.stride()

@@ -58,6 +58,22 @@ def test_distillation_is_zero_for_the_teacher_itself_and_has_the_right_gradient(
     p = torch.softmax(teacher / 3, 1)
     expected = 9 * (p * (p.log() - torch.log_softmax(output / 3, 1))).sum(1).mean()
     torch.testing.assert_close(kl_loss(output, teacher, 1, 3.0), expected)
+    assert torch.autograd.gradcheck(lambda o: relative_mse(o, teacher, 0.5), output)
+    torch.testing.assert_close(relative_mse(output, teacher, 0.5), 2 * (output - teacher).square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relative_mse_of_half_precision_is_summed_in_float32(dtype):
+    """100,000 terms near 1: a sum in half precision would stop growing at some hundreds, or be infinite."""
+    output, teacher = torch.ones(100, 1000, dtype=dtype, requires_grad=True), torch.zeros(100, 1000, dtype=dtype)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = relative_mse(output, teacher, 0.5)
+        assert loss.dtype == torch.float32
+        assert float(loss.detach()) == pytest.approx(2, rel=1e-5)
+        (gradient,) = torch.autograd.grad(loss, output)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), torch.full_like(output, 4e-5).float(), rtol=1e-2, atol=1e-7)
 
 
 def test_relative_mse_does_not_depend_on_the_scale_of_a_task():

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..network.zipped import ZippedNetwork
@@ -90,8 +91,21 @@ def in_stored_order(
                     f"the teacher's layer {path!r} must have {len(order)} channels as the network's, got "
                     f"{value.shape[channel]}; pass the network that was zipped"
                 )
-            found.setdefault(path, []).append(value.index_select(channel, order))
+            found.setdefault(path, []).append(_reordered(value, channel, order))
     return found
+
+
+def _reordered(value: Tensor, channel: int, order: Tensor) -> Tensor:
+    """``value.index_select(channel, order)``, channels innermost where they were.
+
+    In half precision those are a product with ones and zeros: exact, and with the tile registers of a CPU several times
+    as fast as picking them one by one.
+    """
+    inner = value.movedim(channel, -1)
+    if value.dtype not in (torch.float16, torch.bfloat16) or not inner.is_contiguous():
+        return value.index_select(channel, order)
+    picks = torch.arange(len(order), device=order.device).unsqueeze(1) == order
+    return (inner @ picks.to(value.dtype)).movedim(-1, channel)
 
 
 def linear_paths(network: nn.Module, paths: Mapping[str, Any]) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..trace.select import Select, selected
@@ -127,7 +128,29 @@ class Spread:
 
 def relative_mse(output: Tensor, teacher: Tensor, spread: float) -> Tensor:
     """Mean squared error relative to the variance of the teacher's outputs: comparable between tasks."""
-    return F.mse_loss(output, teacher) / spread
+    return _MeanSquare.apply(output, teacher) / spread
+
+
+class _MeanSquare(torch.autograd.Function):
+    """``F.mse_loss`` that keeps the difference alone, in half precision where the outputs are.
+
+    Under autocast torch's own makes float32 copies of both, forward and backward: three times the time, and with
+    features half of a retraining step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, teacher: Tensor) -> Tensor:
+        difference = output - teacher
+        ctx.save_for_backward(difference)
+        with torch.autocast(output.device.type, enabled=False):
+            size = torch.linalg.vector_norm(difference, dtype=torch.promote_types(output.dtype, torch.float32))
+            return size.square() / max(difference.numel(), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * gradient / max(difference.numel(), 1)).to(difference.dtype), None
 
 
 def distillation_loss(
