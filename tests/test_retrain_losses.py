@@ -76,6 +76,20 @@ def test_relative_mse_of_half_precision_is_summed_in_float32(dtype):
         torch.testing.assert_close(gradient.float(), torch.full_like(output, 4e-5).float(), rtol=1e-2, atol=1e-7)
 
 
+def test_relative_mse_of_float16_has_the_range_of_float32():
+    """The difference is beyond float16, and so is what every one of four million elements gets, but for its scale."""
+    output = torch.full((1,), 6e4, dtype=torch.float16, requires_grad=True)
+    assert float(relative_mse(output, -output.detach(), 1.0).detach()) == pytest.approx(1.44e10, rel=1e-2)
+    many = torch.zeros(2048, 2048, dtype=torch.float16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(relative_mse(many, torch.full_like(many, -3), 1.0), many)
+    expected = torch.tensor(6 / 2048**2).to(torch.float16)
+    assert torch.equal(gradient, expected.expand_as(gradient))
+
+
+def test_nothing_to_compare_is_not_a_perfect_match():
+    assert relative_mse(torch.zeros(0, 3), torch.zeros(0, 3), 1.0).isnan()
+
+
 def test_relative_mse_does_not_depend_on_the_scale_of_a_task():
     teacher, output = torch.randn(16, 3), torch.randn(16, 3)
     got = [relative_mse(k * output, k * teacher, spread_of(k * teacher)) for k in (1, 1000)]
