@@ -8,6 +8,7 @@ from mtzip.demo.recipes import trained
 from mtzip.demo.train import Recipe
 
 from .. import data
+from ..convolutions import CpuConvolutions
 from ..networks import CifarResNet, pretrained
 from .case import Case
 from .methods import CHAIN
@@ -36,7 +37,8 @@ def cases(quick: bool, ablations: bool) -> Iterator[Case]:
     }
     for seed, (name, (load, statistics, training)) in enumerate(OTHERS.items(), start=1):
         tasks[name] = data.task(name, load, statistics)
-        networks[name] = trained(resnet20, tasks[name], seed, training)
+        with CpuConvolutions():
+            networks[name] = trained(resnet20, tasks[name], seed, training)
         yield from at_both_shares(dict(networks), tasks, ("mtzip", CHAIN), quick)
         if quick:
             return  # with the one that is trained fastest

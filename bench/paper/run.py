@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 import mtzip
 from mtzip.network.zeros import nonzero
 
-from ..bfloat16 import SmallConvolutions
+from ..convolutions import CpuConvolutions
 from . import measure
 from .case import Case
 from .methods import METHODS, RETRAINING
@@ -49,7 +48,7 @@ def rows(case: Case) -> Iterator[Row]:
                 loaders = case.loaders(case.labels or method.labels)
                 recovery = Recovery(zipped, case, before)
                 recovery(0)
-                with SmallConvolutions() if settings.get("autocast") else contextlib.nullcontext():
+                with CpuConvolutions():
                     mtzip.retrain(zipped, loaders, case.steps, seed=seed, log=recovery, **settings)
                 stage = stages.setdefault(case.steps, _Stage())
                 _measure(stage, zipped, case, time.perf_counter() - start)

@@ -18,6 +18,7 @@ from mtzip.demo.tasks import Task
 from mtzip.demo.train import Recipe
 
 from .. import bfloat16, data
+from ..convolutions import CpuConvolutions
 from ..networks import Vgg16
 from .case import Batches, Case
 from .methods import BASELINES
@@ -76,7 +77,7 @@ def train_augmented(network: nn.Module, task: Task, recipe: Augmented, seed: int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps, pct_start=0.2)
     with (
         torch.random.fork_rng(devices=[]),
-        bfloat16.SmallConvolutions(),
+        CpuConvolutions(),
         tqdm(total=steps, desc=f"training on {task.name}", disable=None) as bar,
     ):
         torch.manual_seed(seed)

@@ -46,6 +46,7 @@ def check(zipped: Any, loaders: Any, **call: Any) -> None:
     for name, choices in CHOICES.items():
         if call[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {call[name]!r}")
+    _check_features_until(call["features_until"], call["distill"])
     if isinstance(call["optimizer"], str) and call["optimizer"] != "soap":
         got = call["optimizer"]
         raise ValueError(f"optimizer must be 'soap', an optimizer or a function that makes one, got {got!r}")
@@ -57,6 +58,13 @@ def check(zipped: Any, loaders: Any, **call: Any) -> None:
         raise ValueError(
             f"autocast must be torch.bfloat16 or None, got {call['autocast']!r}; float16 would need loss scaling"
         )
+
+
+def _check_features_until(fraction: Any, distill: str) -> None:
+    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
+        raise ValueError(f"features_until must be a fraction of the steps, from 0 to 1, got {fraction!r}")
+    if fraction != 1 and distill != "both":
+        raise ValueError(f"features_until is for distill='both', got distill={distill!r}; pass distill='both'")
 
 
 def _check_count(name: str, number: Any) -> None:

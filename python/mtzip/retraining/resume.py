@@ -15,8 +15,8 @@ from .run import Run
 
 #: Arguments that must be the same when a run goes on.
 _SAME = (
-    *("steps", "distill", "distillation", "temperature", "lr", "batchnorm", "dropout", "batch_size", "accumulate"),
-    *("validate_every", "patience", "seed"),
+    *("steps", "distill", "features_until", "distillation", "temperature", "lr", "batchnorm", "dropout"),
+    *("batch_size", "accumulate", "validate_every", "patience", "seed"),
 )
 
 

@@ -35,6 +35,7 @@ def retrain(
     teachers: Mapping[str, Callable[..., Any]] | None = None,
     weights: Mapping[str, float] | str | None = None,
     distill: str = "outputs",
+    features_until: float = 1.0,
     distillation: str = "mse",
     temperature: float = 2.0,
     lr: float | None = None,
@@ -74,6 +75,8 @@ def retrain(
             no task starves another (GradNorm's inverse training rate, Chen et al. 2018).
         distill: what to imitate: the teachers' "outputs", their "features" (pre-activations of the layers that tasks
             share), or "both".
+        features_until: fraction of the steps, the first ones, that imitate features where ``distill="both"``; the
+            others imitate outputs alone. Where tasks share so much that features cannot be met, they keep outputs away.
         distillation: of the outputs: "mse" (relative to the variance of the teacher's outputs: fits logits and
             regression, and keeps zipped networks best) or "kl" (logits of a classifier).
         temperature: of "kl".
@@ -182,6 +185,7 @@ def _run(call: Mapping[str, Any], ranks: Ranks) -> Run:
         call["dropout"],
         call["accumulate"],
         steps,
+        {"outputs": 0, "both": round(call["features_until"] * steps), "features": steps}[call["distill"]],
         call["autocast"],
         ranks,
     )

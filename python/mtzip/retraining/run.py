@@ -40,6 +40,7 @@ class Run:
         dropout: None switches it on for tasks without a teacher.
         accumulate: batches of every task a step.
         steps: to be taken.
+        feature_steps: of these imitate features, the first ones.
         autocast: type of mixed precision, None without.
         ranks: processes that average their gradients.
     """
@@ -55,6 +56,7 @@ class Run:
     dropout: bool | None
     accumulate: int
     steps: int
+    feature_steps: int
     autocast: torch.dtype | None
     ranks: Ranks
 
@@ -88,6 +90,8 @@ class Run:
             FloatingPointError: a loss or gradient that is not finite; the weights are then as before.
         """
         self.clear_gradients()
+        if self.step_count >= self.feature_steps:
+            self._drop_features()
         drawn = {task: [next(batches) for _ in range(self.accumulate)] for task, batches in self.batches.items()}
         if not self._ready:
             self._begin(drawn)
@@ -123,13 +127,20 @@ class Run:
             total += loss.detach() / len(batches)
         return total
 
+    def _drop_features(self) -> None:
+        """From here on outputs alone are imitated."""
+        for objective in self.objectives.values():
+            if objective.orders:
+                objective.orders, self._ready = {}, False  # there may be something to tabulate now
+
     def _begin(self, drawn: Mapping[str, list[Batch]]) -> None:
         """Modes, and how far the teachers' values spread, for which a step's batches are taken."""
         self._set_modes()
         self._ready = True
+        batches = (self.steps - self.feature_steps) * self.accumulate
         for task, objective in self.objectives.items():
             loader = self.batches[task].loader
-            if isinstance(loader, ShuffledBatches) and self.steps * self.accumulate * loader.batch_size >= loader.size:
+            if isinstance(loader, ShuffledBatches) and batches * loader.batch_size >= loader.size:
                 with self._precision():  # every sample is needed once at least
                     objective.tabulate(self.zipped[task], loader.data, loader.batch_size)
             if objective.teacher is None or objective.spreads:
