@@ -8,8 +8,9 @@ import pytest
 import torch
 from handmade import images, small, zipped_pair
 from nets import Functional, Residual, mlp, noise, seeded
-from retraining import distance, inputs, weights_of
+from retraining import assert_same, distance, inputs, weights_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mtzip
 from mtzip.retraining.features import captured, in_stored_order, linear_paths
@@ -23,9 +24,10 @@ def features(zipped, task, x):
         zipped[task](x)
     with torch.no_grad(), captured(zipped.originals[task], orders, task, "teacher") as wanted:
         zipped.originals[task](x)
-    wanted = in_stored_order(wanted, orders, linear_paths(zipped[task], orders))
     assert got.keys() == wanted.keys() == orders.keys()
-    return {path: (torch.cat(got[path]), torch.cat(wanted[path])) for path in orders}
+    last = linear_paths(zipped[task], orders)
+    stored = {path: in_stored_order(torch.cat(wanted[path]), orders[path], path in last, path) for path in orders}
+    return {path: (torch.cat(got[path]), stored[path]) for path in orders}
 
 
 NETWORKS = {
@@ -198,6 +200,64 @@ def test_an_activation_in_place_does_not_reach_the_features():
     assert (got["0"][0] < 0).any()
 
 
+def test_activations_in_place_change_no_step():
+    def make(in_place: bool):
+        def network():
+            return nn.Sequential(
+                nn.Linear(6, 8), nn.ReLU(in_place), nn.Linear(8, 7), nn.ReLU(in_place), nn.Linear(7, 3)
+            )
+
+        return {task: seeded(network, seed) for seed, task in enumerate("ab")}
+
+    x = {task: noise(64, 6, seed=seed) for seed, task in enumerate("ab")}
+    found = [mtzip.zip_networks(make(in_place), x) for in_place in (False, True)]
+    for zipped in found:
+        retrain(zipped, x, 3, distill="both", lr=1e-2)
+    assert_same(*map(weights_of, found))
+
+
+def test_networks_that_recompute_their_activations():
+    """Their second forward pass has no hooks, and must find as many tensors as the first one kept."""
+
+    class Recomputing(nn.Sequential):
+        recomputes = False
+
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False) if self.recomputes else super().forward(x)
+
+    def make():
+        hidden = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU()
+        return Recomputing(*hidden, nn.Linear(7, 3))
+
+    x = {task: noise(64, 6, seed=seed) for seed, task in enumerate("ab")}
+    zipped = mtzip.zip_networks({task: seeded(make, seed) for seed, task in enumerate("ab")}, x)
+    twin = copy.deepcopy(zipped)
+    for network in twin.networks.values():
+        network.recomputes = True
+    for each in (zipped, twin):
+        retrain(each, x, 3, distill="both", lr=1e-2)
+    assert_same(weights_of(zipped), weights_of(twin))
+
+
+@pytest.mark.parametrize("more", ["teacher", "network"])
+def test_a_teacher_that_calls_a_layer_more_or_less_often(more):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head, self.calls = nn.Linear(6, 8), nn.Linear(8, 3), 1
+
+        def forward(self, x):
+            for _ in range(self.calls):
+                y = self.first(x)
+            return self.head(y.relu())
+
+    x = {task: noise(64, 6) for task in "ab"}
+    zipped = mtzip.zip_networks({task: seeded(Twice, seed) for seed, task in enumerate("ab")}, x)
+    (zipped.originals if more == "teacher" else zipped.networks)["a"].calls = 2
+    with pytest.raises(ValueError, match="must call its layer 'first' as often as the network"):
+        retrain(zipped, x, 1, distill="both")
+
+
 def test_small_networks_of_the_other_tests():
     data = {task: images(seed, 64) for seed, task in enumerate("ab")}
     zipped = mtzip.zip_networks({"a": small(3, 0), "b": small(4, 1)}, data)
@@ -205,15 +265,21 @@ def test_small_networks_of_the_other_tests():
     assert len(retrain(zipped, data, 2, distill="both", accumulate=2)) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (4, 5)], ids=str)
-def test_reordered_channels_are_the_same_numbers_in_the_same_layout(dtype, shape):
-    """In half precision they are a product with ones and zeros, which must not round."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (4, 5), (2, 90, 3, 3)], ids=str)
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
+def test_reordered_channels_are_the_same_numbers_in_the_same_layout(dtype, shape, half):
+    """Some are a product with ones and zeros, which must not round, whatever a script allows."""
     value = noise(*shape).to(dtype)
     if value.dim() == 4:
         value = value.to(memory_format=torch.channels_last)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    (got,) = in_stored_order({"layer": [value]}, {"layer": order}, set())["layer"]
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0))
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            got = in_stored_order(value, order, False, "layer")
+    finally:
+        torch.set_float32_matmul_precision(allowed)
     assert torch.equal(got, value[:, order])
-    if dtype != torch.float32:
-        assert got.stride() == value.stride()
+    assert got.stride() == value.stride()

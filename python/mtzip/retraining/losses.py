@@ -128,31 +128,39 @@ class Spread:
 
 def relative_mse(output: Tensor, teacher: Tensor, spread: float) -> Tensor:
     """Mean squared error relative to the variance of the teacher's outputs: comparable between tasks."""
-    return _MeanSquare.apply(output, teacher) / spread
+    return relative_square(difference(output, teacher), spread)
+
+
+def difference(output: Tensor, teacher: Tensor) -> Tensor:
+    """``output - teacher``, in float32 where they are float16, whose range is too small for it."""
+    kept = torch.float32 if output.dtype == torch.float16 else output.dtype
+    return output.to(kept) - teacher.to(kept)
+
+
+def relative_square(difference: Tensor, spread: float) -> Tensor:
+    """Mean square of a difference that nobody else has, relative to the teacher's variance."""
+    return _MeanSquare.apply(difference) / spread
 
 
 class _MeanSquare(torch.autograd.Function):
-    """``F.mse_loss`` that keeps the difference alone, in bfloat16 where the outputs are.
+    """``x.square().mean()`` whose gradient takes the place of x, in bfloat16 where x is; for one backward pass.
 
-    Under autocast torch's own makes float32 copies of both, forward and backward: three times the time, and with
-    features half of a retraining step. float16 has too small a range for a difference and for a mean's gradient.
+    Under autocast ``F.mse_loss`` makes float32 copies of both sides, forward and backward: three times the time, and
+    with features half of a retraining step.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, teacher: Tensor) -> Tensor:
-        kept = torch.float32 if output.dtype == torch.float16 else output.dtype
-        difference = output.to(kept) - teacher.to(kept)
-        ctx.save_for_backward(difference)
-        ctx.dtype = output.dtype
-        with torch.autocast(output.device.type, enabled=False):
-            size = torch.linalg.vector_norm(difference, dtype=torch.promote_types(kept, torch.float32))
-            return size.square() / difference.numel()
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            size = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            return size.square() / x.numel()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return (difference * (2 * gradient / difference.numel()).to(difference.dtype)).to(ctx.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.mul_((2 * gradient / x.numel()).to(x.dtype))
 
 
 def distillation_loss(

@@ -16,7 +16,16 @@ from ..inputs import Batch
 from ..network.zipped import ZippedNetwork
 from ..trace.select import Select
 from .features import captured, in_stored_order, linear_paths, orders_of
-from .losses import Loss, Spread, check_same_shape, distillation_loss, label_loss, output_tensor, relative_mse
+from .losses import (
+    Loss,
+    Spread,
+    check_same_shape,
+    difference,
+    distillation_loss,
+    label_loss,
+    output_tensor,
+    relative_square,
+)
 
 #: Key of the outputs among the values that are distilled; no path of a module has a space.
 OUTPUTS = "the outputs"
@@ -62,16 +71,20 @@ class Objective:
             ValueError: nothing to minimise; shapes that do not go together; a loss that is no scalar.
         """
         self._check(batch)
-        with self._captured(network, "network") as features:
+        if self.teacher is None:
+            wanted = {}
+        elif self.table is not None and index is not None:
+            wanted = {OUTPUTS: [self.table[index.to(self.table.device)]]}
+        else:
+            wanted = self.wanted(network, batch)
+        with self._captured(network, "network", self._differences(wanted)) as features:
             raw = network(*batch.args, **batch.kwargs)
         terms = []
+        if OUTPUTS in wanted:
+            output, teacher = output_tensor(raw, self.task, self.select), wanted[OUTPUTS][0]
+            arguments = (self.distillation, self.temperature, self.spreads.get(OUTPUTS, 1.0), self.task)
+            terms.append(distillation_loss(output, teacher.to(output.dtype), batch.targets, *arguments))
         if self.teacher is not None:
-            known = self.table is not None and index is not None
-            wanted = {OUTPUTS: [self.table[index.to(self.table.device)]]} if known else self.wanted(network, batch)
-            if self.outputs:
-                output, teacher = output_tensor(raw, self.task, self.select), wanted.pop(OUTPUTS)[0]
-                arguments = (self.distillation, self.temperature, self.spreads.get(OUTPUTS, 1.0), self.task)
-                terms.append(distillation_loss(output, teacher.to(output.dtype), batch.targets, *arguments))
             terms += self._feature_terms(features, wanted)
         if self.loss is not None:
             terms.append(self.loss(raw, batch.targets))
@@ -85,9 +98,10 @@ class Objective:
 
     def wanted(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         """What the teacher makes of a batch: its outputs, and features in the order of ``network``."""
-        with torch.no_grad(), self._captured(self.teacher, "teacher") as values:
+        last = linear_paths(network, self.orders)
+        take = lambda path, value: in_stored_order(value, self.orders[path], path in last, path)  # noqa: E731
+        with torch.no_grad(), self._captured(self.teacher, "teacher", take) as found:
             raw = self.teacher(*batch.args, **batch.kwargs)
-        found = in_stored_order(values, self.orders, linear_paths(network, self.orders))
         return found | ({OUTPUTS: [output_tensor(raw, self.task, self.select)]} if self.outputs else {})
 
     def tabulate(self, network: nn.Module, data: Batch, size: int) -> None:
@@ -126,15 +140,34 @@ class Objective:
                     found.setdefault(key, Spread()).add(value)
         return found
 
-    def _feature_terms(self, got: Mapping[str, list[Tensor]], wanted: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        """One term: the mean over the layers of how far their outputs are from the teacher's."""
+    def _differences(self, wanted: Mapping[str, list[Tensor]]) -> Callable[[str, Tensor], Tensor | None]:
+        """What to keep of a feature when it is there: the teacher's taken off, None where it has no such.
+
+        What takes nothing into the backward pass may be done inside a network that recomputes its activations.
+        """
+        left = {path: iter(values) for path, values in wanted.items()}
+
+        def take(path: str, value: Tensor) -> Tensor | None:
+            teacher = next(left.get(path, iter(())), None)
+            if teacher is None:
+                return None
+            check_same_shape(value, teacher, f"features of {path!r}", self.task)
+            return difference(value, teacher.to(value.dtype))
+
+        return take
+
+    def _feature_terms(self, found: Mapping[str, list[Any]], wanted: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """One term: the mean over the layers of how far their outputs are from the teacher's, by the differences."""
         if not self.orders:
             return []
         terms = []
-        for path in (path for path in got if path in wanted):
-            for value, teacher in zip(got[path], wanted[path], strict=True):
-                check_same_shape(value, teacher, f"features of {path!r}", self.task)
-                terms.append(relative_mse(value, teacher.to(value.dtype), self.spreads.get(path, 1.0)))
+        for path in (path for path in found if path in wanted):
+            if len(found[path]) != len(wanted[path]):
+                raise ValueError(
+                    f"the teacher of task {self.task!r} must call its layer {path!r} as often as the network, "
+                    f"{len(found[path])} times, got {len(wanted[path])}; pass the network that was zipped"
+                )
+            terms += [relative_square(value, self.spreads.get(path, 1.0)) for value in found[path]]
         if not terms:
             raise ValueError(
                 f"distill='features' found none of {list(self.orders)[:3]} of task {self.task!r} called as a module; "
@@ -142,11 +175,13 @@ class Objective:
             )
         return [torch.stack(terms).mean()]
 
-    def _captured(self, network: Any, which: str) -> contextlib.AbstractContextManager[dict[str, list[Tensor]]]:
-        """What the distilled modules of a network put out meanwhile; nothing where features are not asked for."""
+    def _captured(
+        self, network: Any, which: str, take: Callable[[str, Tensor], Any]
+    ) -> contextlib.AbstractContextManager[dict[str, list[Any]]]:
+        """What is taken of what the distilled modules put out meanwhile; nothing where features are not asked for."""
         if not self.orders:
             return contextlib.nullcontext({})
-        return captured(network, self.orders, self.task, which)
+        return captured(network, self.orders, self.task, which, take)
 
     def _check(self, batch: Batch) -> None:
         if self.teacher is None and batch.targets is None:
