@@ -113,8 +113,17 @@ def test_ablations_have_every_idea_once():
 def test_no_ablation_is_the_recipe_itself(distill):
     recipe = {} if distill is None else {"distill": distill}
     changes = [methods.METHODS[name].retrain(None) for name in methods.ablations_of(recipe)]
-    assert {"distill": distill or "outputs"} not in changes
+    usual = {"distill": distill or "outputs", "features_until": 1.0}
+    assert not any(change and usual | change == usual for change in changes)
     assert len(methods.ablations_of(recipe)) == len(methods.ABLATIONS) - 1
+
+
+def test_no_method_ends_with_outputs_alone_that_imitates_nothing_else():
+    recipe = resnets.GENTLE["recipe"]
+    assert recipe["features_until"] < 1
+    for name, method in methods.METHODS.items():
+        settings = recipe | method.retrain(small_case())
+        assert settings["distill"] == "both" or settings["features_until"] == 1, name
 
 
 def test_fewer_tests_keep_images_with_their_labels():

@@ -23,6 +23,8 @@ from .case import Case
 from .pruning import pruned
 
 Images = dict[str, Tensor]
+#: What :func:`mtzip.retrain` is told to imitate outputs alone, whatever the recipe says.
+OUTPUTS = {"distill": "outputs", "features_until": 1.0}
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _scratch_recipe(case: Case) -> dict[str, Any]:
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, case.rate, total_steps=case.steps + 1, pct_start=0.2)
 
-    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train", "lr": None, "distill": "outputs"}
+    return {"optimizer": optimizer, "scheduler": scheduler, "batchnorm": "train", "lr": None, **OUTPUTS}
 
 
 METHODS: dict[str, Method] = {
@@ -156,7 +158,7 @@ METHODS: dict[str, Method] = {
     "zeros lost": Method(zipped(keep_zeros=False)),
     "permuted": Method(permuted),
     "from scratch": Method(from_scratch, _scratch_recipe, before=False, labels=True),
-    "pruned": Method(pruned_apart, lambda case: {"distill": "outputs"}),  # no layer is shared
+    "pruned": Method(pruned_apart, lambda case: OUTPUTS),  # no layer is shared
     # Ablations: one idea changed at a time.
     "no refit": Method(zipped(method="mtz")),
     "no refit, pixel moments": Method(zipped(moment_of_pixels, method="mtz")),
@@ -168,9 +170,9 @@ METHODS: dict[str, Method] = {
     "damping 1e-3": Method(zipped(damping=1e-3)),
     "damping 1e-1": Method(zipped(damping=1e-1)),
     "no substitution": Method(zipped(reconstructions=0)),
-    "no distillation": Method(zipped(), lambda case: {"teachers": {}, "distill": "outputs"}, labels=True),
+    "no distillation": Method(zipped(), lambda case: {"teachers": {}, **OUTPUTS}, labels=True),
     "features too": Method(zipped(), lambda case: {"distill": "both"}),
-    "outputs only": Method(zipped(), lambda case: {"distill": "outputs"}),
+    "outputs only": Method(zipped(), lambda case: OUTPUTS),
 }
 #: A trunk merged of all tasks', whatever would be better.
 MERGED = "merged"
