@@ -119,7 +119,7 @@ def test_no_ablation_is_the_recipe_itself(distill):
 
 
 def test_no_method_ends_with_outputs_alone_that_imitates_nothing_else():
-    recipe = resnets.GENTLE["recipe"]
+    recipe = resnets.SEVERAL["recipe"]
     assert recipe["features_until"] < 1
     for name, method in methods.METHODS.items():
         settings = recipe | method.retrain(small_case())

@@ -19,10 +19,12 @@ GENTLE = {
     "labels": False,
     "recipe": {
         **{"lr": 4e-3, "optimizer": "soap", "batchnorm": "train", "distill": "both"},
-        "features_until": 0.5,
         "autocast": bfloat16.pays(),  # 2.4 times the images a second with tile registers
     },
 }
+#: Several networks: features in the first half of the steps, which is as good after 200 of them and takes a tenth less
+#: time; zipped without the substitution, which with features imitated gives +0.50 of three networks in place of +0.98.
+SEVERAL = {**GENTLE, "recipe": {**GENTLE["recipe"], "features_until": 0.5}, "reconstructions": 0}
 
 
 def cases(quick: bool, ablations: bool) -> Iterator[Case]:
@@ -62,8 +64,12 @@ def at_both_shares(
 ) -> Iterator[Case]:
     """Networks zipped at 90 % and 100 %; ``tasks`` may have others too."""
     title = f"{len(networks)} ResNet-20: {', '.join(networks)}"
-    recipe = {"calibration": 500 if quick else 4000, "shift": 3, "flips": ("cifar10", "cifar10 b", "fashion"), **GENTLE}
-    recipe["reconstructions"] = 0  # with features imitated: of three networks +0.50 in place of +0.98
+    recipe = {
+        "calibration": 500 if quick else 4000,
+        "shift": 3,
+        "flips": ("cifar10", "cifar10 b", "fashion"),
+        **SEVERAL,
+    }
     chosen = {name: tasks[name] for name in networks}
     for share in (0.9, 1.0):
         yield Case(title, networks, chosen, PAPER, methods, share, 0 if quick else STEPS, **recipe)
