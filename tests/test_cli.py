@@ -106,6 +106,36 @@ def test_shares(folder, shares, expected):
     assert {axis.name: axis.shared for axis in zipped.report.axes} == expected
 
 
+def test_zeros_of_pruned_networks(folder):
+    """Twelve weights of the hidden layer are pruned in either network, by chance not all at places that match."""
+    import nets
+
+    for make, file in ((nets.Net, "a.safetensors"), (nets.wide, "b.safetensors")):
+        network = make()
+        with torch.no_grad():
+            network.hidden.weight[:, :2] = 0
+        save_file(network.state_dict(), file)
+    words, zeros = [word.replace("a.pt", "a.safetensors") for word in ZIP], {}
+    for keep in ("no", "yes", "count"):
+        assert main([*words, "--keep-zeros", keep]) == 0
+        zipped = mtzip.load("z.safetensors", {"a": nets.Net(), "b": nets.wide()})
+        assert zipped.keep_zeros == (keep != "no")
+        zeros[keep] = sum(int((parameter == 0).sum()) for parameter in zipped.parameters() if parameter.dim() > 1)
+    assert zeros["no"] == 0 and 0 < zeros["yes"] <= 12 <= zeros["count"]
+
+
+def test_slots_of_some_of_three_tasks(folder):
+    """The third task is the first one again: they share with each other, where slots need not be all tasks'."""
+    import nets
+
+    again = ["--network", "c=nets:Net", "--weights", "c=a.pt", "--inputs", "c=a.npy", "--share", "0.5"]
+    for slots, expected in (("all", {("a", "b", "c")}), ("some", {("a", "c")})):
+        assert main([*ZIP, *again, "--slots", slots]) == 0
+        zipped = mtzip.load("z.safetensors", {"a": nets.Net(), "b": nets.wide(), "c": nets.Net()})
+        assert {shared.tasks for axis in zipped.report.axes for shared in axis.sets} & expected
+    assert main([*ZIP, "--slots", "most"]) == 2
+
+
 class Bomb:
     """Unpickled, it would leave a file."""
 

@@ -143,6 +143,21 @@ def demo(data: Path | None, output: Path) -> None:
     help="Whether a task may take over another's trunk as it is, where that keeps their outputs better than merging.",
 )
 @click.option(
+    "--keep-zeros",
+    type=click.Choice(["no", "yes", "count"]),
+    default="no",
+    show_default=True,
+    help="For pruned networks. yes: a weight is stored as zero where all tasks that store it have one. count: and "
+    "shared neurons have no more weights than the task with most has there.",
+)
+@click.option(
+    "--slots",
+    type=click.Choice(["all", "some"]),
+    default="all",
+    show_default=True,
+    help="Of three and more tasks, which share a stored neuron: all that have it, or any two or more of them.",
+)
+@click.option(
     "--steps",
     metavar="COUNT",
     type=click.IntRange(min=0),
@@ -168,7 +183,9 @@ def demo(data: Path | None, output: Path) -> None:
     metavar="FILE",
     help="Where to write the zipped network, .safetensors.",
 )
-def zip_command(networks, weights, inputs, share, method, follow, steps, batch, seed, output) -> None:
+def zip_command(
+    networks, weights, inputs, share, method, follow, keep_zeros, slots, steps, batch, seed, output
+) -> None:
     """Zips pretrained networks, one a task, into one file."""
     if not output.parent.is_dir():
         raise click.UsageError(f"--output must be in a folder that exists, got {output}")
@@ -192,7 +209,16 @@ def zip_command(networks, weights, inputs, share, method, follow, steps, batch, 
         network.eval()
     calibration = {task: load_inputs(inputs[task], network) for task, network in made.items()}
     bars = sys.stderr.isatty()
-    zipped = zip_networks(made, calibration, share=_shares(share), method=method, follow=follow, progress=bars)
+    zipped = zip_networks(
+        made,
+        calibration,
+        share=_shares(share),
+        method=method,
+        follow=follow,
+        slots=slots,
+        keep_zeros={"no": False, "yes": True, "count": "count"}[keep_zeros],
+        progress=bars,
+    )
     click.echo(zipped.report)
     if steps:
         retrain(zipped, calibration, steps, batch_size=batch, seed=seed)
