@@ -22,7 +22,7 @@ class CpuConvolutions(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        if function is F.conv2d and arguments[0].is_cpu and arguments[0].dim() == 4:
+        if function is F.conv2d and arguments and arguments[0].is_cpu and arguments[0].dim() == 4:
             if not keywords and _small(*arguments[:2], arguments[3:]):
                 x, weight, bias = arguments[:3]
                 if torch.is_autocast_enabled("cpu"):
@@ -70,5 +70,10 @@ class _Product(torch.autograd.Function):
         return (
             to_padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2),
             weights,
-            gradient.float().sum(0).to(gradient.dtype) if ctx.bias else None,
+            _summed(gradient) if ctx.bias else None,
         )
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """The sum over rows of half precision without its rounding."""
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)

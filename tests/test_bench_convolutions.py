@@ -63,7 +63,14 @@ def test_float32_stays_float32():
     torch.testing.assert_close(inside, layer(x))
 
 
-@pytest.mark.parametrize("call", [lambda x, w: F.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x[0], w, None, 1, 1)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: F.conv2d(x, w, padding=1),
+        lambda x, w: F.conv2d(x[0], w, None, 1, 1),
+        lambda x, w: F.conv2d(input=x, weight=w, padding=1),
+    ],
+)
 def test_other_ways_to_call_it(call):
     x, weight = torch.randn(2, 4, 2, 2), torch.randn(4, 4, 3, 3)
     with CpuConvolutions():
