@@ -92,7 +92,7 @@ USES = {
     "adding": {"arguments", "errors", "inputs", "precision", "reports", "within", "zip", *_STAGES},
     "tradeoff": {"network", "planning", "zip"},
     "saving": {"inputs", "reports", "network"},
-    "retraining": {"errors", "inputs", "distributed", "trace", "network", "saving"},
+    "retraining": {"precision", "errors", "inputs", "distributed", "trace", "network", "saving"},
     "deploy": {"errors", "inputs", "trace", "network"},
 }
 #: What users call: these may use everything.
