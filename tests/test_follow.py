@@ -25,13 +25,16 @@ def small(outputs: int = 3) -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def one_task() -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """Two networks trained apart to put out the same, and inputs of each."""
-    wanted = seeded(lambda: mlp(INPUTS, (4,), 3), 5)
+    """Two networks trained apart to put out the same, and inputs of each.
+
+    In float64: rounding of float32 grows in 400 steps to other networks on another processor.
+    """
+    wanted = seeded(lambda: mlp(INPUTS, (4,), 3), 5).double()
     wanted[0].weight.data *= 2
     networks = {}
     for seed, task in enumerate("ab"):
-        network = seeded(small, seed)
-        x = noise(1024, INPUTS, seed=20 + seed)
+        network = seeded(small, seed).double()
+        x = noise(1024, INPUTS, seed=20 + seed).double()
         with torch.no_grad():
             y = wanted(x)
         optimizer = torch.optim.Adam(network.parameters(), 0.02)
@@ -39,7 +42,7 @@ def one_task() -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
             optimizer.zero_grad()
             F.mse_loss(network(x), y).backward()
             optimizer.step()
-        networks[task] = network.eval()
+        networks[task] = network.float().eval()
     return networks, {task: noise(600, INPUTS, seed=30 + at) for at, task in enumerate("ab")}
 
 
@@ -59,7 +62,7 @@ def test_networks_of_one_task_follow_and_keep_their_outputs_better(one_task):
     assert found.parameter_count() == merged.parameter_count()
     fresh = noise(1000, INPUTS, seed=40)
     errors = [sum(output_error(z, networks, t, fresh) for t in "ab") for z in (found, merged)]
-    assert errors[0] < 0.5 * errors[1]  # 0.0025 and 0.027
+    assert errors[0] < 0.5 * errors[1]  # 0.0021 and 0.023
     ((follower, leader),) = found.report.follows.items()
     assert output_error(found, networks, leader, fresh) < 1e-6
     assert f"{follower} follows {leader}" in str(found.report)
