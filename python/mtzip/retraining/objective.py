@@ -99,7 +99,10 @@ class Objective:
     def wanted(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         """What the teacher makes of a batch: its outputs, and features in the order of ``network``."""
         last = linear_paths(network, self.orders)
-        take = lambda path, value: in_stored_order(value, self.orders[path], path in last, path)  # noqa: E731
+
+        def take(path: str, value: Tensor) -> Tensor:
+            return in_stored_order(value, self.orders[path], path in last, path)
+
         with torch.no_grad(), self._captured(self.teacher, "teacher", take) as found:
             raw = self.teacher(*batch.args, **batch.kwargs)
         return found | ({OUTPUTS: [output_tensor(raw, self.task, self.select)]} if self.outputs else {})
